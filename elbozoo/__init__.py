@@ -1,0 +1,1 @@
+"""elbozoo: latent-variable models on Pyro whose bounds are held against the truth."""

@@ -1,0 +1,1 @@
+"""What every entry of the zoo promises: batches, options, capabilities, the registry."""

@@ -1,0 +1,38 @@
+"""The one argument of every model and guide."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Some rows of a data set, with their positions and the size of the whole.
+
+    Every program opens ``pyro.plate("data", batch.total, subsample=batch.index)``, so that the ELBO of a
+    minibatch is an unbiased estimate for the full data and a per-datum guide can look up its own rows.
+
+    Attributes
+    ----------
+    x : Tensor (B, D)
+        The rows.
+    index : Tensor (B,) of int64
+        Position of each row in the data set.
+    total : int
+        Number of rows N of the data set, B <= N.
+    """
+
+    x: Tensor
+    index: Tensor
+    total: int
+
+    @classmethod
+    def full(cls, x: Tensor) -> Batch:
+        """Return the whole data set ``x`` (N, D) as one batch."""
+        return cls(x, torch.arange(len(x), device=x.device), len(x))
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return rows ``start:stop`` of this batch; ``total`` stays the size of the data set."""
+        return Batch(self.x[start:stop], self.index[start:stop], self.total)

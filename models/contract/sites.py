@@ -1,0 +1,98 @@
+"""What a program's own trace says about its latent sites: names, shapes, supports, local or global."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import constraints
+
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.isolation import isolated
+
+DATA_PLATE = "data"
+OBSERVED_SITE = "x"
+MAX_PLATE_NESTING = 1
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """One latent site of a program.
+
+    Attributes
+    ----------
+    name : str
+        Name of the site.
+    event_shape : torch.Size
+        Shape of one draw; of one datum's draw for a local site.
+    support : Constraint
+        Support of its distribution.
+    is_local : bool
+        Whether it stands inside the data plate: one latent per datum.
+    cardinality : int or None
+        Number of values of a finite discrete site, otherwise None.
+    """
+
+    name: str
+    event_shape: torch.Size
+    support: constraints.Constraint
+    is_local: bool
+    cardinality: int | None
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether the site takes finitely many values."""
+        return self.cardinality is not None
+
+    @property
+    def dim(self) -> int:
+        """Number of scalars in one draw."""
+        return self.event_shape.numel()
+
+
+def latent_sites(program: Callable[[Batch], Any], batch: Batch) -> list[LatentSite]:
+    """Return the latent sites of ``program``, read off one trace of it on ``batch``.
+
+    Raises
+    ------
+    InvalidInput
+        If the program observes nothing, or has no latent site.
+    """
+    with isolated(0), torch.no_grad():
+        trace = poutine.trace(program).get_trace(batch)
+        stored = list(pyro.get_param_store().keys())
+    if stored:
+        raise InvalidInput(
+            f"the program declares pyro.param {stored}, which lives in Pyro's global store; "
+            "expected torch.nn.Parameter or PyroParam attributes of a PyroModule"
+        )
+    if not trace.observation_nodes:
+        raise InvalidInput(f"the program observes no site; found {list(trace.nodes)}, expected an observed site 'x'")
+    sites = [_latent_site(name, node) for name, node in stochastic_nodes(trace)]
+    if not sites:
+        raise InvalidInput("the program has no latent site; expected at least one pyro.sample without obs=")
+    return sites
+
+
+def stochastic_nodes(trace: poutine.Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the unobserved sample nodes of a trace, without the plates' own."""
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node):
+            yield name, node
+
+
+def is_local_node(node: dict[str, Any]) -> bool:
+    """Whether a traced sample node stands inside the data plate."""
+    return any(frame.name == DATA_PLATE for frame in node["cond_indep_stack"])
+
+
+def _latent_site(name: str, node: dict[str, Any]) -> LatentSite:
+    distribution = node["fn"]
+    cardinality = len(distribution.enumerate_support(expand=False)) if distribution.has_enumerate_support else None
+    return LatentSite(name, distribution.event_shape, distribution.support, is_local_node(node), cardinality)

@@ -1,0 +1,151 @@
+r"""Probabilistic principal component analysis.
+
+A point in a low-dimensional latent space is mapped linearly into the data space and blurred by isotropic
+noise. It is the linear member of the zoo in which everything is known: the evidence, the posterior and
+the global maximum of the likelihood, so each way of fitting can be held against the truth.
+
+$$
+z_n \sim \mathcal N(0, I_K), \qquad x_n \mid z_n \sim \mathcal N(W z_n + \mu,\ \sigma^2 I_D)
+$$
+
+The evidence is Gaussian, $p(x) = \mathcal N(\mu, W W^\top + \sigma^2 I)$, and so is the posterior,
+$p(z \mid x) = \mathcal N\bigl(M^{-1} W^\top (x - \mu) / \sigma^2,\ M^{-1}\bigr)$ with
+$M = I + W^\top W / \sigma^2$. The likelihood is invariant under rotations of $W$, the ELBO of a
+mean-field guide is not: its gap is $\tfrac12 (\sum_i \log M_{ii} - \log\det M)$ nats per datum, and
+vanishes where the columns of $W$ are orthogonal.
+
+What goes wrong: with $K \ge \operatorname{rank}(x)$ the noise vanishes and the likelihood is unbounded; columns in
+different units are weighed by their variance, so standardise them first.
+
+References
+----------
+```bibtex
+@article{tipping1999probabilistic,
+  author = {Tipping, Michael E. and Bishop, Christopher M.},
+  title = {Probabilistic Principal Component Analysis},
+  journal = {Journal of the Royal Statistical Society B},
+  volume = {61}, number = {3}, pages = {611--622}, year = {1999}
+}
+@inproceedings{lucas2019dont,
+  author = {Lucas, James and Tucker, George and Grosse, Roger and Norouzi, Mohammad},
+  title = {Don't Blame the {ELBO}! A Linear {VAE} Perspective on Posterior Collapse},
+  booktitle = {Advances in Neural Information Processing Systems}, volume = {32}, year = {2019}
+}
+```
+"""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro.nn import PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.options import Field, Options
+from elbozoo.models.numerics import linear_gaussian
+from elbozoo.models.numerics.linear_gaussian import LinearGaussianStatistics
+
+
+class PPCAOptions(Options):
+    """Options of :class:`PPCA`."""
+
+    latent_dim: int = Field(2, ge=1, description="dimension K of the latent space")
+
+
+class PPCA(Entry):
+    """Probabilistic PCA: z ~ N(0, I), x ~ N(W z + μ, σ² I).
+
+    Attributes
+    ----------
+    loading : Parameter (D, K)
+        W.
+    loc : Parameter (D,)
+        μ.
+    noise_scale : PyroParam ()
+        σ, a standard deviation.
+    """
+
+    Options = PPCAOptions
+    options: PPCAOptions
+
+    def __init__(self, options: PPCAOptions, columns: int) -> None:
+        super().__init__(options, columns)
+        self.loading = torch.nn.Parameter(torch.zeros(columns, options.latent_dim))
+        self.loc = torch.nn.Parameter(torch.zeros(columns))
+        self.noise_scale = PyroParam(torch.tensor(1.0), constraints.positive)
+
+    @classmethod
+    def check_data(cls, x: Tensor, options: PPCAOptions) -> None:  # type: ignore[override]
+        """Refuse more latent dimensions than the data's rank allows."""
+        rank = int(torch.linalg.matrix_rank(x - x.mean(0)))
+        if options.latent_dim >= rank:
+            raise InvalidInput(
+                f"option latent_dim: found {options.latent_dim} for {len(x)} rows x {x.shape[1]} columns whose centred rank is "
+                f"{rank}, expected at most {rank - 1}: with more the noise vanishes and the likelihood is unbounded"
+            )
+
+    def initialize(self, x: Tensor, restart: int = 0) -> None:
+        """Start at the data's mean, a random loading of half its variance and a noise of the other half."""
+        with torch.no_grad():
+            scale = x.var(0, correction=0).mean().sqrt()
+            self.loc.copy_(x.mean(0))
+            self.loading.copy_(scale * torch.randn_like(self.loading) / (2 * self.options.latent_dim) ** 0.5)
+            self.noise_scale = scale / 2**0.5
+
+    def randomize(self) -> None:
+        """Draw a loading of unit variance; the noise has half that scale."""
+        with torch.no_grad():
+            self.loading.normal_()
+            self.loc.normal_()
+            self.noise_scale = torch.full_like(self.noise_scale, 0.5)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """z (B, K) ~ N(0, I); x (B, D) ~ N(W z + μ, σ² I)."""
+        zeros = self.loading.new_zeros(self.options.latent_dim)
+        with pyro.plate("data", batch.total, subsample=batch.index):
+            z = pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1))
+            mean = z @ self.loading.mT + self.loc
+            return pyro.sample("x", dist.Normal(mean, self.noise_scale).to_event(1), obs=batch.x)
+
+    @property
+    def variance(self) -> Tensor:
+        """σ² of each column, (D,)."""
+        return self.noise_scale.square().expand(self.columns)
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """Exact log p(x), (N,), nats: Tipping & Bishop (1999), equation 4, through the K x K matrix M."""
+        return linear_gaussian.log_density(x, self.loc, self.loading, self.variance)
+
+    def posterior(self, x: Tensor) -> dist.MultivariateNormal:
+        """Exact p(z given x): batch shape (N,), event shape (K,)."""
+        mean, scale_tril = linear_gaussian.posterior(x, self.loc, self.loading, self.variance)
+        return dist.MultivariateNormal(mean, scale_tril=scale_tril)
+
+    def expected_statistics(self, x: Tensor) -> LinearGaussianStatistics:
+        """E step: Tipping & Bishop (1999), equations 25 and 26, summed over the rows."""
+        return linear_gaussian.expected_statistics(x, self.loc, self.loading, self.variance)
+
+    def maximize(self, statistics: LinearGaussianStatistics) -> None:
+        """M step: Tipping & Bishop (1999), equations 27 and 28, with μ maximised jointly."""
+        with torch.no_grad():
+            loc, loading, variance = linear_gaussian.maximize(statistics, self.loc)
+            self.loc.copy_(loc)
+            self.loading.copy_(loading)
+            self.noise_scale = variance.mean().sqrt()
+
+    def fit_exact(self, x: Tensor) -> None:
+        """Set θ to the global maximum: Tipping & Bishop (1999), equations 7 and 8, with R = I."""
+        k = self.options.latent_dim
+        with torch.no_grad():
+            loc = x.mean(0)
+            _, singular, directions = torch.linalg.svd(x - loc, full_matrices=False)
+            eigenvalues = singular.square() / len(x)
+            noise = eigenvalues[k:].sum() / (self.columns - k)
+            self.loc.copy_(loc)
+            self.loading.copy_(directions[:k].mT * (eigenvalues[:k] - noise).clamp(min=0).sqrt())
+            self.noise_scale = noise.sqrt()
