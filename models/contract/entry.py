@@ -125,6 +125,8 @@ class Entry(PyroModule):
         with isolated(seed), torch.no_grad(), pyro.validation_enabled(False):
             trace = poutine.trace(poutine.uncondition(self)).get_trace(Batch.full(template))
         values = {name: node["value"] for name, node in stochastic_nodes(trace)}
+        if OBSERVED_SITE not in values:
+            raise InvalidInput(f"the program samples {list(values)}, expected an observed site {OBSERVED_SITE!r}")
         x = values.pop(OBSERVED_SITE)
         return x, next(iter(values.values())) if len(values) == 1 else values
 
@@ -195,8 +197,8 @@ CAPABILITIES: dict[str, Callable[[Any], bool]] = {
 
 
 def supports_quadrature(sites: list[LatentSite]) -> bool:
-    """Whether the evidence is an integral over at most two continuous local dimensions."""
-    return all(s.is_local and not s.is_discrete for s in sites) and sum(s.dim for s in sites) <= QUADRATURE_DIM
+    """Whether the evidence is an integral over at most two real dimensions for each datum."""
+    return all(s.is_local and s.is_real for s in sites) and sum(s.dim for s in sites) <= QUADRATURE_DIM
 
 
 def capabilities(entry: Entry) -> list[str]:

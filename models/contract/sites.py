@@ -51,6 +51,14 @@ class LatentSite:
         return self.cardinality is not None
 
     @property
+    def is_real(self) -> bool:
+        """Whether the support is all real vectors."""
+        support = self.support
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        return support is constraints.real or support is constraints.real_vector
+
+    @property
     def dim(self) -> int:
         """Number of scalars in one draw."""
         return self.event_shape.numel()
@@ -72,8 +80,8 @@ def latent_sites(program: Callable[[Batch], Any], batch: Batch) -> list[LatentSi
             f"the program declares pyro.param {stored}, which lives in Pyro's global store; "
             "expected torch.nn.Parameter or PyroParam attributes of a PyroModule"
         )
-    if not trace.observation_nodes:
-        raise InvalidInput(f"the program observes no site; found {list(trace.nodes)}, expected an observed site 'x'")
+    if OBSERVED_SITE not in trace.observation_nodes:
+        raise InvalidInput(f"the program observes {trace.observation_nodes}, expected an observed site {OBSERVED_SITE!r}")
     sites = [_latent_site(name, node) for name, node in stochastic_nodes(trace)]
     if not sites:
         raise InvalidInput("the program has no latent site; expected at least one pyro.sample without obs=")

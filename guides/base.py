@@ -1,0 +1,66 @@
+"""What every guide has: a name, whether its ELBO is a bound, and its options."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pyro.nn import PyroModule
+from torch import Tensor
+from torch.distributions import Distribution
+
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.options import Field, Options
+
+
+class GuideOptions(Options):
+    """Options that all guides share; a guide reads those that apply to it."""
+
+    encoder: Literal["mlp", "linear"] = Field("mlp", description="encoder of an amortized guide")
+    hidden: int = Field(64, ge=1, description="width of the encoder's hidden layers")
+    layers: int = Field(1, ge=1, description="number of the encoder's hidden layers")
+    rank: int | None = Field(None, ge=1, description="rank of a low-rank covariance; the root of the dimension if none")
+    initial_scale: float = Field(0.1, gt=0, description="standard deviation at which normal families start")
+
+
+class Guide(PyroModule):
+    """Base of all guides: called as ``guide(batch)``, it samples every latent site of its model.
+
+    Parameters
+    ----------
+    name : str
+        Canonical name, such as ``"amortized-diagonal-normal"``.
+    family : str
+        Family of the distribution, or ``"posterior"`` for the exact one.
+    source : str
+        Where its parameters come from: shared, free, amortized, exact, or global.
+    is_discrete : bool
+        Whether every latent takes finitely many values, so that expectations under q are sums.
+    """
+
+    def __init__(self, name: str, family: str, source: str, is_discrete: bool = False) -> None:
+        super().__init__()
+        self.is_discrete = is_discrete
+        self.name = name
+        self.family = family
+        self.source = source
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether E_q[log p(x, z) - log q(z)] bounds the evidence: false for point masses on a continuous latent."""
+        return self.family != "delta"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the guide gives one q per datum."""
+        return self.source != "global"
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Sample the latent sites of ``batch``."""
+        raise NotImplementedError
+
+    def distributions(self, batch: Batch) -> dict[str, Distribution]:
+        """q of each latent site for the rows of ``batch``."""
+        raise NotImplementedError(f"{self.name} gives draws but no distribution object")
+
+    def finalize(self, batch: Batch) -> None:
+        """Do what is left to do once the optimiser has finished, such as a Laplace approximation."""

@@ -1,0 +1,136 @@
+"""Names of guides, which of them fit a model, and why the others do not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pandas as pd
+from torch import Tensor
+
+from elbozoo.guides.autoguides import AUTOGUIDES, GlobalGuide
+from elbozoo.guides.base import Guide, GuideOptions
+from elbozoo.guides.families import FAMILIES
+from elbozoo.guides.local import ExactGuide, LocalGuide
+from elbozoo.guides.sources import SOURCES
+from elbozoo.models.contract.entry import Entry, HasPosterior
+from elbozoo.models.contract.errors import InvalidInput, unknown_name
+from elbozoo.models.contract.sites import LatentSite
+
+
+class GuideCard(NamedTuple):
+    """A guide's name, its family, its source, and why it does not fit the model (None where it does)."""
+
+    name: str
+    family: str
+    source: str
+    refusal: str | None
+
+
+LOCAL_NAMES = {f"{source}-{family}": (family, source) for source in SOURCES for family in FAMILIES}
+GLOBAL_NAMES = list(AUTOGUIDES)
+ALIASES = ("mean-field", "amortized", "shared", "free", "full-rank", "low-rank")
+ALL_NAMES = sorted({*LOCAL_NAMES, *GLOBAL_NAMES, *ALIASES, "exact"})
+
+
+def guide_cards(entry: Entry, sites: list[LatentSite] | None = None) -> list[GuideCard]:
+    """Return a card for every guide there is, with the reason where it does not fit ``entry``."""
+    sites = sites if sites is not None else entry.latent_sites()
+    cards = [
+        GuideCard(name, family, source, _local_refusal(sites, family, source))
+        for name, (family, source) in LOCAL_NAMES.items()
+    ]
+    cards += [GuideCard(name, name, "global", _global_refusal(sites, name)) for name in GLOBAL_NAMES]
+    return [*cards, GuideCard("exact", "posterior", "exact", _exact_refusal(entry, sites))]
+
+
+def guide_names(entry: Entry) -> list[str]:
+    """Return the canonical names of all guides that fit ``entry``."""
+    return [card.name for card in guide_cards(entry) if card.refusal is None]
+
+
+def list_guides(entry: Entry) -> pd.DataFrame:
+    """Return a table of all guides for ``entry``: family, source, whether it fits, and why not."""
+    rows = [
+        {"guide": c.name, "family": c.family, "source": c.source, "fits": c.refusal is None, "reason": c.refusal or ""}
+        for c in guide_cards(entry)
+    ]
+    return pd.DataFrame(rows).sort_values("fits", ascending=False, kind="stable").set_index("guide")
+
+
+def resolve_guide(name: str, entry: Entry, sites: list[LatentSite] | None = None) -> str:
+    """Return the canonical name of the guide called ``name`` for ``entry``.
+
+    ``"mean-field"`` and ``"amortized"`` mean the family that suits the latent's support.
+
+    Raises
+    ------
+    InvalidInput
+        For an unknown name, or a guide that does not fit, with the reason and what would work.
+    """
+    sites = sites if sites is not None else entry.latent_sites()
+    canonical = _expand_alias(name, sites)
+    cards = {card.name: card for card in guide_cards(entry, sites)}
+    if canonical not in cards:
+        raise unknown_name("guide", name, ALL_NAMES)
+    refusal = cards[canonical].refusal
+    if refusal is not None:
+        fitting = ", ".join(c.name for c in cards.values() if c.refusal is None)
+        raise InvalidInput(f"guide {name!r} does not fit {entry.name()}: {refusal}; guides that fit: {fitting}")
+    return canonical
+
+
+def build_guide(name: str, entry: Entry, x: Tensor, options: GuideOptions | None = None) -> Guide:
+    """Build the guide called ``name`` for ``entry`` and the rows ``x`` (N, D), in the entry's dtype.
+
+    Raises
+    ------
+    InvalidInput
+        See :func:`resolve_guide`.
+    """
+    options = options or GuideOptions()
+    sites = entry.latent_sites()
+    canonical = resolve_guide(name, entry, sites)
+    if canonical == "exact":
+        return ExactGuide(entry, sites)
+    if canonical in LOCAL_NAMES:
+        family, source = LOCAL_NAMES[canonical]
+        return LocalGuide(canonical, family, source, sites, x, options)
+    return GlobalGuide(canonical, entry, x, options)
+
+
+def _expand_alias(name: str, sites: list[LatentSite]) -> str:
+    if name not in ALIASES:
+        return name
+    default = "categorical" if sites[0].is_discrete else "diagonal-normal"
+    family = {"full-rank": "full-rank-normal", "low-rank": "low-rank-normal"}.get(name, default)
+    if not sites[0].is_local and name in ("mean-field", "full-rank", "low-rank"):
+        return family
+    source = name if name in SOURCES else "free"
+    return f"{source}-{family}"
+
+
+def _local_refusal(sites: list[LatentSite], family: str, source: str) -> str | None:
+    for site in sites:
+        if not site.is_local:
+            return (
+                f"the latent {site.name!r} is one for the whole data set, so there is no q per datum to be {source}"
+            )
+        if reason := FAMILIES[family].refusal(site):
+            return reason
+    return None
+
+
+def _global_refusal(sites: list[LatentSite], name: str) -> str | None:
+    for site in sites:
+        if site.is_local:
+            instead = name if name in FAMILIES else "diagonal-normal"
+            return f"the latent {site.name!r} is local, one per datum, so say whose parameters, as in free-{instead} or amortized-{instead}"
+        if site.is_discrete:
+            return f"the latent {site.name!r} takes {site.cardinality} values, and {name} is a family over real vectors"
+    return None
+
+
+def _exact_refusal(entry: Entry, sites: list[LatentSite]) -> str | None:
+    if not isinstance(entry, HasPosterior):
+        return f"{entry.name()} has no exact posterior"
+    return None if len(sites) == 1 else f"the exact posterior covers one latent site, found {[s.name for s in sites]}"

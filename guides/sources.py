@@ -1,0 +1,78 @@
+"""Sources: where each datum's parameters of q come from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from elbozoo.guides.base import GuideOptions
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.errors import InvalidInput
+
+
+class Shared(nn.Module):
+    """One parameter vector for all data."""
+
+    def __init__(self, start: Tensor, x: Tensor, options: GuideOptions) -> None:
+        super().__init__()
+        self.values = nn.Parameter(start.clone())
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the parameters (B, P), the same for every row."""
+        return self.values.expand(len(batch.x), -1)
+
+
+class Free(nn.Module):
+    """A parameter vector of its own for each datum: mean-field variational inference."""
+
+    def __init__(self, start: Tensor, x: Tensor, options: GuideOptions) -> None:
+        super().__init__()
+        # A little noise, so that no symmetry of the model keeps the optimiser on a saddle.
+        self.values = nn.Parameter(start + 0.01 * torch.randn(len(x), len(start), dtype=start.dtype))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the parameters (B, P) of the batch's rows.
+
+        Raises
+        ------
+        InvalidInput
+            For a batch of another data set.
+        """
+        if batch.total != len(self.values):
+            raise InvalidInput(
+                f"found {batch.total} rows, expected the {len(self.values)} rows of the fit: a free guide has one q for each of "
+                "those and none for others; use an amortized guide for new data"
+            )
+        return self.values[batch.index]
+
+
+class Amortized(nn.Module):
+    """An encoder from a datum to its parameters; it standardises the columns by the data it was built for."""
+
+    def __init__(self, start: Tensor, x: Tensor, options: GuideOptions) -> None:
+        super().__init__()
+        scale = x.std(0, correction=0)
+        self.register_buffer("mean", x.mean(0))
+        self.register_buffer("scale", torch.where(scale > 0, scale, torch.ones_like(scale)))
+        self.network = encoder(x.shape[1], start, options)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the parameters (B, P) that the encoder gives to the rows."""
+        result: Tensor = self.network((batch.x - self.mean) / self.scale)
+        return result
+
+
+SOURCES: dict[str, type[nn.Module]] = {"shared": Shared, "free": Free, "amortized": Amortized}
+
+
+def encoder(columns: int, start: Tensor, options: GuideOptions) -> nn.Sequential:
+    """Build a linear or multilayer encoder whose output is near ``start`` (P,) for every input."""
+    widths = [] if options.encoder == "linear" else [options.hidden] * options.layers
+    parts: list[nn.Module] = []
+    for inputs, outputs in zip([columns, *widths], widths, strict=False):
+        parts += [nn.Linear(inputs, outputs), nn.SiLU()]
+    head = nn.Linear([columns, *widths][-1], len(start))
+    with torch.no_grad():
+        head.weight.mul_(0.1)
+        head.bias.copy_(start)
+    return nn.Sequential(*parts, head).to(start.dtype)

@@ -1,0 +1,212 @@
+"""Stochastic variational inference: one loop over a replaceable step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, Protocol
+
+import pyro
+import torch
+from pyro import poutine
+from torch import nn
+
+from elbozoo.guides.base import Guide
+from elbozoo.inference.convergence import PlateauMonitor
+from elbozoo.inference.objectives import Objective
+from elbozoo.inference.progress import progress_bar
+from elbozoo.inference.trajectory import Trajectory
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry, HasOracle
+from elbozoo.models.contract.errors import NumericalFailure
+from elbozoo.models.contract.options import Field, Options
+
+FULL_BATCH_ROWS = 4096
+MINIBATCH_ROWS = 256
+PLATEAUS = 4
+DECAY = 0.3
+
+
+class TrainingOptions(Options):
+    """Options of stochastic variational inference."""
+
+    objective: str = Field("auto", description="elbo, elbo-analytic, elbo-enumerated; auto enumerates a discrete latent")
+    steps: int = Field(10_000, ge=1, description="most gradient steps")
+    batch_size: int | None = Field(None, ge=1, description="rows in a minibatch; none chooses by the data's size")
+    learning_rate: float = Field(0.01, gt=0, description="Adam's step size at the start")
+    schedule: Literal["plateau", "cosine", "constant"] = Field("plateau", description="how the step size falls")
+    particles: int | None = Field(None, ge=1, description="draws of z per step; none takes 10 in float64 and 1 in float32")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient per datum; none does not clip")
+    tolerance: float = Field(1e-4, gt=0, description="gain per 100 steps, nats per datum, that counts as a plateau")
+
+
+class Step(Protocol):
+    """One gradient step of an optimiser on an objective; another engine may take the place of Pyro's."""
+
+    def __call__(self, batch: Batch) -> float:
+        """Take a step on ``batch`` and return the loss before it, nats over the whole data set."""
+        ...
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Set the step size to ``factor`` times the one at the start."""
+        ...
+
+
+class PyroStep:
+    """Pyro's differentiable ELBO and PyTorch's Adam."""
+
+    def __init__(self, entry: Entry, guide: Guide, objective: Objective, particles: int, options: TrainingOptions) -> None:
+        self.loss = objective.build(particles)(entry, guide)
+        self.clip_norm = options.clip_norm
+        self.learning_rate = options.learning_rate
+        self.optimizer = torch.optim.Adam(unique_parameters(entry, guide), lr=options.learning_rate)
+
+    def __call__(self, batch: Batch) -> float:
+        """Take one step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(batch)
+        loss.backward()
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.loss.parameters(), self.clip_norm * batch.total)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Set the step size of every parameter group."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * self.learning_rate
+
+
+class SVIResult(NamedTuple):
+    """How a run of SVI ended: its record, whether it converged, whether it was interrupted."""
+
+    trajectory: Trajectory
+    converged: bool
+    interrupted: bool
+
+
+def run_svi(
+    entry: Entry,
+    guide: Guide,
+    objective: Objective,
+    batch: Batch,
+    options: TrainingOptions,
+    *,
+    progress: bool = True,
+    make_step: Callable[[Entry, Guide, Objective, int, TrainingOptions], Step] = PyroStep,
+) -> SVIResult:
+    """Maximise ``objective`` over the parameters of ``entry`` and ``guide``, in place.
+
+    Must be called inside :func:`~elbozoo.models.contract.isolation.isolated`, which gives the seed.
+
+    Raises
+    ------
+    NumericalFailure
+        When the objective is no longer finite: with the step, the site and what to try.
+    """
+    trajectory = Trajectory(objective.name.startswith("elbo") and guide.is_bound, _oracle(entry, batch))
+    if not unique_parameters(entry, guide):
+        return SVIResult(trajectory, converged=True, interrupted=False)
+    particles = options.particles or (10 if batch.x.dtype == torch.float64 and not guide.is_discrete else 1)
+    step = make_step(entry, guide, objective, particles, options)
+    schedule = _Schedule(options)
+    try:
+        with progress_bar(f"{entry.name()} {guide.name}", options.steps, progress) as report:
+            for count, rows in enumerate(_minibatches(batch, _batch_size(batch, guide, options))):
+                if count == options.steps:
+                    return SVIResult(trajectory, converged=options.schedule != "plateau", interrupted=False)
+                before = time.perf_counter()
+                objective_value = -_guarded(step, rows, entry, guide, count)
+                seconds = time.perf_counter() - before
+                trajectory.record(seconds, objective_value)
+                report(count + 1, f"{objective.name} {objective_value:.2f}")
+                if schedule.is_done(step, objective_value / batch.total, count):
+                    return SVIResult(trajectory, converged=True, interrupted=False)
+    except KeyboardInterrupt:
+        return SVIResult(trajectory, converged=False, interrupted=True)
+    raise AssertionError("minibatches never end")
+
+
+def unique_parameters(*modules: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of ``modules`` that are optimised, each once."""
+    return list({id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values())
+
+
+class _Schedule:
+    def __init__(self, options: TrainingOptions) -> None:
+        self.options = options
+        self.monitor = PlateauMonitor(options.tolerance, window=100)
+        self.plateaus = 0
+
+    def is_done(self, step: Step, objective: float, count: int) -> bool:
+        """Take the objective per datum; lower the step size when it is time, and say when to stop."""
+        flat = self.monitor.update(objective)
+        if self.options.schedule == "cosine":
+            step.scale_learning_rate(0.5 * (1 + math.cos(math.pi * count / self.options.steps)))
+            return False
+        if not flat:
+            return False
+        self.plateaus += 1
+        if self.options.schedule == "plateau":
+            step.scale_learning_rate(DECAY**self.plateaus)
+        return self.plateaus > PLATEAUS
+
+
+def _batch_size(batch: Batch, guide: Guide, options: TrainingOptions) -> int:
+    if options.batch_size is not None:
+        return min(options.batch_size, batch.total)
+    is_network = batch.x.dtype == torch.float32 and guide.source == "amortized"
+    if is_network or batch.total > FULL_BATCH_ROWS:
+        return min(MINIBATCH_ROWS if is_network else FULL_BATCH_ROWS, batch.total)
+    return batch.total
+
+
+def _minibatches(batch: Batch, size: int) -> Iterator[Batch]:
+    if size == batch.total:
+        while True:
+            yield batch
+    while True:
+        # Whole minibatches only: the rows left over come up in another order next time.
+        order = torch.randperm(batch.total)[: batch.total // size * size]
+        for index in order.split(size):
+            yield Batch(batch.x[index], index, batch.total)
+
+
+def _oracle(entry: Entry, batch: Batch) -> Callable[[], float] | None:
+    if not isinstance(entry, HasOracle):
+        return None
+
+    def oracle() -> float:
+        with torch.no_grad():
+            return float(entry.log_evidence(batch.x).sum())
+
+    return oracle
+
+
+def _guarded(step: Step, batch: Batch, entry: Entry, guide: Guide, count: int) -> float:
+    # Pyro's validation of every distribution costs a third of a step; the first one sees the same shapes.
+    with pyro.validation_enabled(count == 0):
+        loss = step(batch)
+    if math.isfinite(loss):
+        return loss
+    raise NumericalFailure(
+        f"step {count}: the objective is {-loss} {_culprit(entry, guide, batch)}; try a smaller learning_rate, "
+        "clip_norm=10, or standardised columns"
+    )
+
+
+def _culprit(entry: Entry, guide: Guide, batch: Batch) -> str:
+    for module, what in ((guide, "guide"), (entry, "model")):
+        for name, parameter in module.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"and the {what}'s parameter {name} is not finite"
+    with torch.no_grad(), pyro.validation_enabled(False):
+        guide_trace = poutine.trace(guide).get_trace(batch)
+        model_trace = poutine.trace(poutine.replay(entry, trace=guide_trace)).get_trace(batch)
+        for trace, what in ((guide_trace, "guide"), (model_trace, "model")):
+            trace.compute_log_prob()
+            for name, node in trace.nodes.items():
+                if "log_prob" in node and not torch.isfinite(node["log_prob"]).all():
+                    return f"and the log probability of site {name!r} of the {what} is not finite"
+    return "although every site is finite"

@@ -1,0 +1,47 @@
+"""The record of a fit, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+COLUMNS = ["step", "seconds", "objective", "elbo", "log_evidence"]
+DENSE_STEPS = 20
+RATIO = 1.1
+
+
+@dataclass
+class Trajectory:
+    """Objective, ELBO and exact evidence along a fit, in nats over all rows, against steps and seconds.
+
+    The objective is recorded at every step. The evidence is recorded where an oracle exists, at steps that
+    grow geometrically, and what it costs is left out of ``seconds``.
+
+    Parameters
+    ----------
+    is_elbo : bool
+        Whether the objective is the ELBO, or an estimate of it.
+    oracle : callable or None
+        Returns the total log p(x) at the present θ.
+    """
+
+    is_elbo: bool
+    oracle: Callable[[], float] | None = None
+    rows: list[tuple[int, float, float, float, float]] = field(default_factory=list)
+    _next: int = 0
+
+    def record(self, seconds: float, objective: float) -> None:
+        """Add one step."""
+        step = len(self.rows)
+        evidence = math.nan
+        if self.oracle is not None and step >= self._next:
+            evidence = self.oracle()
+            self._next = step + 1 if step < DENSE_STEPS else math.ceil(step * RATIO)
+        self.rows.append((step, seconds, objective, objective if self.is_elbo else math.nan, evidence))
+
+    def frame(self) -> pd.DataFrame:
+        """Return the record as a table with the columns step, seconds, objective, elbo, log_evidence."""
+        return pd.DataFrame(self.rows, columns=COLUMNS)

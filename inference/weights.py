@@ -1,0 +1,132 @@
+"""Importance weights p(x, z) / q(z given x): every estimate of a bound is a summary of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from elbozoo.guides.base import Guide
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.contract.sites import MAX_PLATE_NESTING, is_local_node, stochastic_nodes
+
+PARTICLE_DIM = -1 - MAX_PLATE_NESTING
+CHUNK_ELEMENTS = 2**23
+
+
+class Weights(NamedTuple):
+    """Log weights of S draws of z, for each of B rows, or (B = 1) for all data where the latent is global.
+
+    A discrete latent is not drawn but enumerated: E counts its values, and is 1 otherwise.
+
+    Attributes
+    ----------
+    log_weight : Tensor (E, S, B)
+        log p(x, z) - log q(z given x), nats.
+    log_probability : Tensor (E, S, B)
+        Log probability under q of the enumerated value; zero where E is 1.
+    """
+
+    log_weight: Tensor
+    log_probability: Tensor
+
+    @property
+    def is_enumerated(self) -> bool:
+        """Whether the latent was enumerated, so that expectations are exact."""
+        return self.log_weight.shape[0] > 1
+
+    def elbo(self) -> Tensor:
+        """ELBO of each draw and row, (S, B), nats: expectation over the enumerated values."""
+        probability = self.log_probability.exp()
+        # 0 log 0 = 0: a value without probability adds nothing, whatever its weight.
+        terms = torch.where(probability > 0, probability * self.log_weight, torch.zeros_like(probability))
+        return terms.sum(0)
+
+    def marginal(self) -> Tensor:
+        """Log weight of each draw and row with the enumerated values summed out, (S, B), nats."""
+        return torch.logsumexp(self.log_weight + self.log_probability, 0)
+
+
+def importance_weights(entry: Entry, guide: Guide, batch: Batch, particles: int, seed: int) -> Weights:
+    """Draw ``particles`` latents from the guide and weigh them against the model.
+
+    Rows are treated in chunks that bound the memory; the draws depend on ``seed`` alone.
+    """
+    with isolated(seed), torch.no_grad():
+        particles = 1 if guide.is_discrete else particles
+        if not guide.is_local:
+            return _global_weights(entry, guide, batch, particles)
+        rows = max(1, CHUNK_ELEMENTS // (particles * max(batch.x.shape[1], 1)))
+        parts = [_local_weights(entry, guide, batch.rows(i, i + rows), particles) for i in range(0, len(batch.x), rows)]
+    return Weights(*(torch.cat(tensors, -1) for tensors in zip(*parts, strict=True)))
+
+
+def log_joint(entry: Entry, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
+    """Log p(x, z) of each particle and row, (S, B), nats, for local latents given by site.
+
+    Parameters
+    ----------
+    values : mapping of Tensor (S, B, ...)
+        Value of each latent site.
+    """
+    particles = next(iter(values.values())).shape[0]
+    with pyro.plate("particles", particles, dim=PARTICLE_DIM):
+        trace = poutine.trace(poutine.condition(entry, data=dict(values))).get_trace(batch)
+    trace.compute_log_prob()
+    terms = [node["unscaled_log_prob"] for node in trace.nodes.values() if _is_weighed(node)]
+    return sum(terms).expand(particles, len(batch.x))  # type: ignore[union-attr]
+
+
+def _local_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) -> Weights:
+    guide_trace, model_trace = _traces(entry, guide, batch, particles)
+    log_model = sum(node["unscaled_log_prob"] for node in model_trace.nodes.values() if _is_weighed(node))
+    log_guide = sum(node["unscaled_log_prob"] for _, node in stochastic_nodes(guide_trace))
+    enumerated = [n["unscaled_log_prob"] for _, n in stochastic_nodes(guide_trace) if "_enumerate_dim" in n["infer"]]
+    log_weight = log_model - log_guide
+    shape = log_weight.shape[-2:]
+    log_weight = log_weight.reshape(-1, *shape)
+    log_probability = sum(enumerated, torch.zeros_like(log_weight)).reshape(-1, *shape)
+    return Weights(log_weight, log_probability)
+
+
+def _global_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) -> Weights:
+    guide_trace, model_trace = _traces(entry, guide, batch, particles)
+    log_weight = batch.x.new_zeros(particles)
+    for sign, trace in ((1, model_trace), (-1, guide_trace)):
+        for node in trace.nodes.values():
+            if _is_weighed(node):
+                term = node["log_prob"]
+                width = len(batch.x) if is_local_node(node) else 1
+                log_weight = log_weight + sign * term.expand(particles, width).sum(-1)
+    return Weights(log_weight[None, :, None], torch.zeros_like(log_weight)[None, :, None])
+
+
+def _traces(entry: Entry, guide: Guide, batch: Batch, particles: int) -> tuple[poutine.Trace, poutine.Trace]:
+    enumerating = poutine.enum(guide, first_available_dim=PARTICLE_DIM - 1)
+    with pyro.plate("particles", particles, dim=PARTICLE_DIM):
+        guide_trace = poutine.trace(enumerating).get_trace(batch)
+        model_trace = poutine.trace(poutine.replay(entry, trace=guide_trace)).get_trace(batch)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    return guide_trace, model_trace
+
+
+def _is_weighed(node: dict[str, object]) -> bool:
+    return "unscaled_log_prob" in node
+
+
+def iwae(weights: Weights, particles: int) -> Tensor:
+    """Importance-weighted bound with ``particles`` draws, per row, (B,), nats (Burda et al. 2016, equation 8).
+
+    The S draws are cut into S // particles independent bounds, which are averaged.
+    """
+    marginal = weights.marginal()
+    blocks = marginal[: len(marginal) // particles * particles].reshape(-1, particles, marginal.shape[-1])
+    return (torch.logsumexp(blocks, 1) - math.log(particles)).mean(0)

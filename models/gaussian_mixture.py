@@ -1,0 +1,237 @@
+r"""Mixture of Gaussians.
+
+Each datum picks one of $K$ components and is drawn from that component's normal distribution. The latent
+takes finitely many values, so the evidence is a sum that can be carried out exactly, and EM has both of its
+steps in closed form.
+
+$$
+z_n \sim \operatorname{Categorical}(\pi), \qquad x_n \mid z_n = k \sim \mathcal N(\mu_k, \Sigma_k)
+$$
+
+$\log p(x) = \log \sum_k \pi_k \mathcal N(x; \mu_k, \Sigma_k)$, and the posterior's probabilities are the
+responsibilities $r_{nk} \propto \pi_k \mathcal N(x_n; \mu_k, \Sigma_k)$.
+
+The likelihood of a mixture is unbounded: a component that sits on one datum, or on a few that lie in a plane, can shrink without end.
+So a floor is part of the model: in units of the data's standard deviation per column, no component's variance is below `floor` in
+any direction. A component that rests on the floor, or on too few rows to span the space, is reported as
+collapsed, and among restarts a fit without one is preferred.
+
+What goes wrong: local maxima (use `restarts`), collapsed components, and labels that carry no order: the
+same mixture has $K!$ names.
+
+References
+----------
+```bibtex
+@article{dempster1977maximum,
+  author = {Dempster, A. P. and Laird, N. M. and Rubin, D. B.},
+  title = {Maximum Likelihood from Incomplete Data via the {EM} Algorithm},
+  journal = {Journal of the Royal Statistical Society B},
+  volume = {39}, number = {1}, pages = {1--38}, year = {1977}
+}
+@book{bishop2006pattern,
+  author = {Bishop, Christopher M.}, title = {Pattern Recognition and Machine Learning},
+  publisher = {Springer}, year = {2006}, note = {chapter 9}
+}
+@article{hathaway1985constrained,
+  author = {Hathaway, Richard J.},
+  title = {A Constrained Formulation of Maximum-Likelihood Estimation for Normal Mixture Distributions},
+  journal = {The Annals of Statistics}, volume = {13}, number = {2}, pages = {795--800}, year = {1985}
+}
+```
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro.nn import PyroParam
+from sklearn.cluster import KMeans
+from torch import Tensor
+from torch.distributions import constraints
+
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.options import Field, Options
+from elbozoo.models.numerics.covariances import KINDS
+
+
+class GaussianMixtureOptions(Options):
+    """Options of :class:`GaussianMixture`."""
+
+    components: int = Field(3, ge=1, description="number K of components")
+    covariance: Literal["full", "tied", "diagonal", "spherical"] = Field("full", description="shape of the covariances")
+    floor: float = Field(
+        1e-6, gt=0, lt=1, description="least variance of a component, in any direction, as a share of the columns' variance"
+    )
+
+
+class MixtureStatistics(NamedTuple):
+    """Expected sufficient statistics, summed over rows, about the means that made them.
+
+    Attributes
+    ----------
+    log_evidence : Tensor ()
+        Sum of log p(x), nats.
+    counts : Tensor (K,)
+        Sum of the responsibilities.
+    shift : Tensor (K, D)
+        Sum of r (x - μ).
+    scatter : Tensor
+        Sum of r (x - μ)(x - μ)ᵀ, in the shape of the kind of covariance.
+    """
+
+    log_evidence: Tensor
+    counts: Tensor
+    shift: Tensor
+    scatter: Tensor
+
+
+class GaussianMixture(Entry):
+    """Mixture of Gaussians: z ~ Categorical(π), x ~ N(μ_z, Σ_z).
+
+    Attributes
+    ----------
+    weights : PyroParam (K,)
+        π.
+    means : Parameter (K, D)
+        μ.
+    factor : Parameter
+        Unconstrained factor of the covariances, see ``models/numerics/covariances.py``.
+    unit : buffer (D,)
+        Standard deviation of each column of the data; the floor is measured in it.
+    """
+
+    Options = GaussianMixtureOptions
+    options: GaussianMixtureOptions
+    example_columns = 2
+    unit: Tensor
+
+    def __init__(self, options: GaussianMixtureOptions, columns: int) -> None:
+        super().__init__(options, columns)
+        self.kind = KINDS[options.covariance]
+        components = options.components
+        self.weights = PyroParam(torch.full((components,), 1 / components), constraints.simplex)
+        self.means = torch.nn.Parameter(torch.zeros(components, columns))
+        self.factor = torch.nn.Parameter(torch.zeros(self.kind.factor_shape(components, columns)))
+        self.register_buffer("unit", torch.ones(columns))
+
+    @classmethod
+    def check_data(cls, x: Tensor, options: GaussianMixtureOptions) -> None:  # type: ignore[override]
+        """Refuse more components than rows, and columns in which every covariance would be singular."""
+        if options.components > len(x):
+            raise InvalidInput(
+                f"option components: found {options.components} for {len(x)} rows, expected at most one component per row"
+            )
+        constant = torch.nonzero(x.var(0, correction=0) == 0).flatten().tolist()
+        if constant and (options.covariance != "spherical" or len(constant) == x.shape[1]):
+            raise InvalidInput(
+                f"columns {[c + 1 for c in constant]} (counted from 1) are constant, expected columns that vary: "
+                "leave them out with --columns, or use covariance=spherical"
+            )
+        rank = int(torch.linalg.matrix_rank((x - x.mean(0)) / x.std(0).clamp(min=1e-300)))
+        if options.covariance in ("full", "tied") and rank < x.shape[1]:
+            raise InvalidInput(
+                f"the {x.shape[1]} columns of {len(x)} rows have centred rank {rank}, expected full rank for "
+                f"covariance={options.covariance}: leave out columns that others determine, or use covariance=diagonal"
+            )
+
+    def initialize(self, x: Tensor, restart: int = 0) -> None:
+        """Start from k-means (even restarts) or from random rows as means (odd restarts)."""
+        spread = x.std(0, correction=0)
+        with torch.no_grad():
+            self.unit.copy_(spread.square().mean().sqrt() if self.options.covariance == "spherical" else spread)
+            scaled = x / self.unit
+            if restart % 2 == 0:
+                labels = _kmeans_labels(scaled, self.options.components)
+            else:
+                centres = scaled[torch.randperm(len(x))[: self.options.components]]
+                labels = torch.cdist(scaled, centres).argmin(1)
+            responsibilities = torch.nn.functional.one_hot(labels, self.options.components).to(x.dtype)
+            self.means.copy_(x.mean(0).expand_as(self.means))
+            self.maximize(self._statistics(x, responsibilities, x.new_zeros(())))
+
+    def randomize(self) -> None:
+        """Draw means three standard deviations wide and covariances about the unit."""
+        with torch.no_grad():
+            self.weights = torch.distributions.Dirichlet(torch.full_like(self.weights, 5.0)).sample()
+            self.means.normal_().mul_(3)
+            self.factor.normal_().mul_(0.3)
+            self.factor.add_(torch.eye(self.columns) if self.kind.has_scale_tril else 1.0)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """z (B,) ~ Categorical(π); x (B, D) ~ N(μ_z, Σ_z)."""
+        scale = self.scale
+        with pyro.plate("data", batch.total, subsample=batch.index):
+            z = pyro.sample("z", dist.Categorical(logits=self.weights.log()))
+            return pyro.sample("x", self._component(self.means[z], scale, z), obs=batch.x)
+
+    @property
+    def scale(self) -> Tensor:
+        """Cholesky factors (K or 1, D, D) of the covariances, or standard deviations (K, D)."""
+        return self.kind.scale(self.factor, self.unit, self.options.floor)
+
+    @property
+    def covariances(self) -> Tensor:
+        """Covariance matrices (K, D, D) of the components, in the data's units squared."""
+        scale = self.scale
+        matrices = scale @ scale.mT if self.kind.has_scale_tril else torch.diag_embed(scale.square())
+        return matrices.expand(self.options.components, -1, -1)
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """Exact log p(x), (N,), nats: the sum over components, Bishop (2006), equation 9.7."""
+        return torch.logsumexp(self._log_joint(x), -1)
+
+    def posterior(self, x: Tensor) -> dist.Categorical:
+        """Responsibilities p(z given x): batch shape (N,), Bishop (2006), equation 9.13."""
+        return dist.Categorical(logits=self._log_joint(x))
+
+    def expected_statistics(self, x: Tensor) -> MixtureStatistics:
+        """E step: responsibilities, and the counts and moments that they weigh."""
+        log_joint = self._log_joint(x)
+        log_evidence = torch.logsumexp(log_joint, -1, keepdim=True)
+        return self._statistics(x, (log_joint - log_evidence).exp(), log_evidence.sum())
+
+    def maximize(self, statistics: MixtureStatistics) -> None:
+        """M step: Bishop (2006), equations 9.24 to 9.26, under the floor."""
+        with torch.no_grad():
+            # A component that has lost all its rows keeps its mean and falls to the floor.
+            counts = statistics.counts.clamp(min=torch.finfo(statistics.counts.dtype).tiny)
+            shift = statistics.shift / counts[:, None]
+            self.factor.copy_(self.kind.maximize(statistics.scatter, shift, counts, self.unit, self.options.floor))
+            self.means.add_(shift)
+            self.weights = counts / counts.sum()
+
+    def degeneracy(self, x: Tensor) -> str | None:
+        """Say which components have collapsed: on the floor, or on too few rows to span the columns."""
+        with torch.no_grad():
+            counts = self.posterior(x).probs.sum(0)
+            relative = self.covariances / (self.unit[:, None] * self.unit)
+            least = torch.linalg.eigvalsh(relative)[:, 0]
+            needed = self.columns + 1 if self.options.covariance == "full" else 2
+            collapsed = (least < 2 * self.options.floor) | (counts < needed)
+        if not collapsed.any():
+            return None
+        return f"components {torch.nonzero(collapsed).flatten().tolist()} collapsed (on the floor, or fewer than {needed} rows)"
+
+    def _component(self, mean: Tensor, scale: Tensor, z: Tensor) -> dist.Distribution:
+        if self.kind.has_scale_tril:
+            return dist.MultivariateNormal(mean, scale_tril=scale[z] if len(scale) > 1 else scale[0])
+        return dist.Normal(mean, scale[z]).to_event(1)
+
+    def _log_joint(self, x: Tensor) -> Tensor:
+        return self.weights.log() + self.kind.log_density(x, self.means, self.scale)
+
+    def _statistics(self, x: Tensor, responsibilities: Tensor, log_evidence: Tensor) -> MixtureStatistics:
+        counts = responsibilities.sum(0)
+        origin = self.means.mean(0)  # an offset of the data far above its spread would cancel otherwise
+        shift = responsibilities.mT @ (x - origin) - counts[:, None] * (self.means - origin)
+        return MixtureStatistics(log_evidence, counts, shift, self.kind.scatter(x, self.means, responsibilities))
+
+
+def _kmeans_labels(x: Tensor, components: int) -> Tensor:
+    seed = int(torch.randint(2**31 - 1, ()))
+    return torch.from_numpy(KMeans(components, n_init=1, random_state=seed).fit(x.numpy()).labels_).long()
