@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
 import zipfile
 from pathlib import Path
 
@@ -112,3 +113,26 @@ def test_wheel_holds_real_files(tmp_path: Path) -> None:
             assert packed[f"elbozoo/{path.relative_to(ROOT)}"] == path.read_bytes()
     assert "elbozoo/py.typed" in packed
     assert {name.partition("/")[0] for name in packed} == {"elbozoo", f"elbozoo-{PROJECT['version']}.dist-info"}
+
+
+def test_contributing_example_is_an_entry_with_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both blocks of code run as they stand; the second tests the first."""
+    from elbozoo.models import capabilities
+    from elbozoo.models.contract import registry
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    entry_source, test_source = re.findall(r"^````python\n(.*?)^````$", text, flags=re.MULTILINE | re.DOTALL)
+
+    module = types.ModuleType("elbozoo.models.gamma_poisson")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(entry_source, vars(module))
+    entry = registry.entry_of(module.__name__, vars(module))
+    assert {"oracle", "posterior", "simulation"} <= set(capabilities(entry.example()))
+
+    namespace: dict[str, object] = {}
+    exec(test_source, namespace)
+    namespace["get_entry"] = lambda name: {"gamma-poisson": entry}[name]
+    tests = [value for name, value in namespace.items() if name.startswith("test_") and callable(value)]
+    assert len(tests) == 2
+    for test in tests:
+        test()
