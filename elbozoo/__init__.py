@@ -1,1 +1,64 @@
-"""elbozoo: latent-variable models on Pyro whose bounds are held against the truth."""
+"""elbozoo: latent-variable models on Pyro whose bounds are held against the truth.
+
+``import elbozoo as ez`` is light: nothing heavy is loaded before something is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from elbozoo.api import (
+        compare,
+        fit,
+        list_datasets,
+        list_guides,
+        list_models,
+        load_comparison,
+        load_data,
+        load_fit,
+        tutorial,
+    )
+    from elbozoo.comparison import Comparison
+    from elbozoo.data import Dataset
+    from elbozoo.inference.fit import Fit
+    from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
+
+_HOMES = {
+    **dict.fromkeys(
+        (
+            "compare",
+            "fit",
+            "list_datasets",
+            "list_guides",
+            "list_models",
+            "load_comparison",
+            "load_data",
+            "load_fit",
+            "tutorial",
+        ),
+        "elbozoo.api",
+    ),
+    "Comparison": "elbozoo.comparison",
+    "Dataset": "elbozoo.data",
+    "Fit": "elbozoo.inference.fit",
+    "InvalidInput": "elbozoo.models.contract.errors",
+    "NumericalFailure": "elbozoo.models.contract.errors",
+}
+
+__all__ = [  # noqa: PLE0604
+    *sorted(_HOMES),
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'elbozoo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.isolation import private_parameters
 from elbozoo.models.contract.options import Field, Options
 
 
@@ -38,7 +39,8 @@ class Guide(PyroModule):
     """
 
     def __init__(self, name: str, family: str, source: str, is_discrete: bool = False) -> None:
-        super().__init__()
+        with private_parameters():
+            super().__init__()
         self.is_discrete = is_discrete
         self.name = name
         self.family = family

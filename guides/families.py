@@ -173,6 +173,13 @@ class LowRankNormal(Family):
         factor = 0.1 * self.options.initial_scale * torch.randn(dim * self.rank)
         return torch.cat([torch.zeros(dim), _log_scales(dim, self.options), factor])
 
+    def near_diagonal(self, normal: torch.distributions.MultivariateNormal) -> Tensor:
+        """Parameters (..., P) with the mean and scales of a diagonal ``normal``, and a factor a tenth of them."""
+        scale = normal.stddev
+        signs = torch.tensor([1.0, -1.0], dtype=scale.dtype).repeat(self.size)[: self.rank]
+        factor = 0.1 * scale[..., None] * signs * torch.ones_like(scale)[..., None].cumsum(-2) / self.site.dim
+        return torch.cat([normal.mean, scale.log(), factor.flatten(-2)], -1)
+
 
 class Categorical(Family):
     """Any distribution over finitely many values: its logits."""

@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.options import Options
-from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.contract.isolation import isolated, private_parameters
 from elbozoo.models.contract.sites import OBSERVED_SITE, LatentSite, latent_sites, stochastic_nodes
 
 
@@ -43,7 +43,8 @@ class Entry(PyroModule):
     example_columns: ClassVar[int] = 5
 
     def __init__(self, options: Options, columns: int) -> None:
-        super().__init__()
+        with private_parameters():
+            super().__init__()
         self.options = options
         self.columns = columns
 

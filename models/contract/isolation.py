@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import pyro.settings
@@ -17,9 +18,14 @@ def isolated(seed: int) -> Iterator[None]:
     The caller's random state and Pyro's global parameter store are as before when the block ends.
     """
     state = get_rng_state()
-    with pyro.get_param_store().scope(), pyro.settings.context(module_local_params=True):
+    with pyro.get_param_store().scope(), private_parameters():
         pyro.set_rng_seed(seed)
         try:
             yield
         finally:
             set_rng_state(state)
+
+
+def private_parameters() -> Any:
+    """Context in which a PyroModule is made so that its parameters can stay its own; see ``pyro.settings``."""
+    return pyro.settings.context(module_local_params=True)

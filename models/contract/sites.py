@@ -74,7 +74,7 @@ def latent_sites(program: Callable[[Batch], Any], batch: Batch) -> list[LatentSi
     """
     with isolated(0), torch.no_grad():
         trace = poutine.trace(program).get_trace(batch)
-        stored = list(pyro.get_param_store().keys())
+        stored = [*pyro.get_param_store().keys(), *_stored_in_module(program)]
     if stored:
         raise InvalidInput(
             f"the program declares pyro.param {stored}, which lives in Pyro's global store; "
@@ -98,6 +98,11 @@ def stochastic_nodes(trace: poutine.Trace) -> Iterator[tuple[str, dict[str, Any]
 def is_local_node(node: dict[str, Any]) -> bool:
     """Whether a traced sample node stands inside the data plate."""
     return any(frame.name == DATA_PLATE for frame in node["cond_indep_stack"])
+
+
+def _stored_in_module(program: Callable[[Batch], Any]) -> list[str]:
+    context = getattr(program, "_pyro_context", None)
+    return list(getattr(context, "param_state", {"params": {}})["params"])
 
 
 def _latent_site(name: str, node: dict[str, Any]) -> LatentSite:

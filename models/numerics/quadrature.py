@@ -8,18 +8,20 @@ exponentially convergent trapezoidal rule", SIAM Review 56(3), theorem 5.1). Two
 1. *Shared lattices* of growing density over one box, the same nodes for all rows: a decoder runs once per node.
 2. *Cells of their own* for the rows that no shared lattice resolves: each row keeps the cells in which its integrand
    may matter, and splits them until it is resolved, so that a peak of any width costs some thousand nodes.
+   Rows with mass near the boundary do the same in boxes of twice, four and eight times the size.
 
-The error is the change from the rule before, never less than the square of the change before that (under
-geometric convergence the error squares at each step), plus the mass that may lie outside the box, plus rounding.
+The error is the change from the rule before, or what the two changes before that made one expect if that is more
+(so that no lucky change passes for convergence), plus the mass that may lie outside the box, plus rounding.
 
-A peak so narrow that not even its tails show at a spacing of 0.2 ``scale`` cannot be found by any rule; the log
-joint of a smooth decoder falls off like a polynomial and has no such peak.
+What goes wrong: a peak so narrow that not even its tails show at a spacing of 0.2 ``scale``, beside one that does,
+cannot be found by any rule. The log joint of a smooth decoder falls off like a polynomial and has no such peak.
+Integrands with kinks converge like a power only, and stop at the largest rule with the error that it has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,17 +31,22 @@ from torch import Tensor
 Shared = Callable[[Int64[Tensor, " r"], Float[Tensor, "g k"]], Float[Tensor, "r g"]]
 Rowwise = Callable[[Int64[Tensor, " r"], Float[Tensor, "r g k"]], Float[Tensor, "r g"]]
 
-RADIUS, LARGEST_RADIUS = 6.5, 52.0  # half-width of the box in units of ``scale``: where it starts, how far it may grow
-COARSEST, GROWTH = 32, 1.5  # shared lattices: cells per dimension of the first, ratio of one to the next
-SHARED_NODES = 2**16  # largest shared lattice
-ROOTS = 2**10  # cells of the box that a row begins with when it goes its own way
-NEGLIGIBLE = 30.0  # nats below a row's maximum at which a cell is dropped: a share of e^-30
+RADII = (6.5, 13.0, 26.0, 52.0)  # half-widths of the box, in units of ``scale``
+COARSEST, GROWTH = 32, 1.5  # shared lattices: cells per dimension of the first, ratio of each to the one before
+SHARED_NODES = 550**2  # largest shared lattice
+HOPELESS = 1.0  # nats of change, on a shared lattice of at least a hundred cells per dimension, at which a row leaves it
+ROOTS = 2**10  # cells of the smallest box that a row's own cells descend from
+NEGLIGIBLE = 30.0  # nats below a row's maximum at which a cell is dropped: e^-30 of the mass
 SHELL = 0.9  # the outer shell of the box begins at this share of its half-width
-TAIL = 10.0  # mass beyond the box over mass in its shell: 9 for 1/z² tails, far less for all that fall faster
+TAIL = 10.0  # bound on mass beyond the box over mass in its shell: 9 for densities like 1/z², far less for faster ones
 ROUNDING = 1e-12  # relative to max(1, |log value|)
-CHUNK = 2**20  # numbers held at once by one evaluation
-BLOCK = 2**22  # cells held at once by one block of rows
-DEEPEST = 40  # splits of a cell
+CHUNK = 2**20  # integrand values held at once on shared nodes
+OWN_CHUNK = 2**15  # integrand values held at once on nodes of a row's own, where a decoder holds a layer for each
+ROWS = 2**12  # rows that share nodes at once
+BLOCK = 2**22  # nodes held at once by a block of rows with cells of their own
+CONVERGING = 1e-2  # nats of change below which the order of convergence means something
+SLOW = 1.4  # order of convergence below which splitting cells on is wasted
+DEEPEST = 40  # times that a cell is split
 
 
 class Quadrature(NamedTuple):
@@ -50,7 +57,7 @@ class Quadrature(NamedTuple):
     log_value : Tensor (N,)
         Log of each integral, nats.
     error : Tensor (N,)
-        Estimate of the absolute error of ``log_value``, nats; infinite where there is no finite value.
+        Estimate of the absolute error of ``log_value``, nats; infinite where that is not finite.
     nodes : int
         Evaluations of an integrand, over all rows and rules.
     """
@@ -58,35 +65,6 @@ class Quadrature(NamedTuple):
     log_value: Tensor
     error: Tensor
     nodes: int
-
-
-class Integrand(NamedTuple):
-    """Log integrands of all rows, seen in coordinates where z = centre + scale * u.
-
-    Attributes
-    ----------
-    shared : callable
-        See :func:`log_integral`.
-    rowwise : callable
-        See :func:`log_integral`.
-    centre, scale : Tensor (K,)
-        Middle of the box and its unit of length in each dimension.
-    """
-
-    shared: Shared
-    rowwise: Rowwise
-    centre: Tensor
-    scale: Tensor
-
-    def at_common(self, index: Tensor, u: Tensor) -> Tensor:
-        """Evaluate rows ``index`` (R,) at the nodes ``u`` (G, K), with the volume element: (R, G)."""
-        return self.shared(index, self.centre + self.scale * u) + self.scale.log().sum()
-
-    def at_own(self, index: Tensor, u: Tensor) -> Tensor:
-        """Evaluate rows ``index`` (R,) at their own nodes ``u`` (R, G, K), in chunks: (R, G)."""
-        size = max(1, CHUNK // 32 // u.shape[1])
-        chunks = zip(index.split(size), u.split(size), strict=True)
-        return torch.cat([self.rowwise(i, self.centre + self.scale * v) for i, v in chunks]) + self.scale.log().sum()
 
 
 @torch.no_grad()
@@ -98,7 +76,8 @@ def log_integral(
     scale: Float[Tensor, " k"],
     *,
     tolerance: float = 1e-6,
-    max_nodes: int = 2**16,
+    shared_nodes: int = SHARED_NODES,
+    own_nodes: int = 2**16,
 ) -> Quadrature:
     """Return log ∫ exp f_n(z) dz for all rows n, z of one or two dimensions, with an error estimate each.
 
@@ -112,17 +91,18 @@ def log_integral(
     rows : int
         Number N of integrands.
     centre, scale : Tensor (K,)
-        Where the mass may lie: mean and standard deviation of the prior for an evidence. float64.
+        Where the mass may lie, float64: mean and standard deviation of the prior for an evidence.
     tolerance : float
-        Error in nats, per row, at which to stop.
-    max_nodes : int
-        Largest rule of one row. A row that needs more stops there and reports the error that it has;
-        0 keeps to the shared lattices.
+        Error in nats, per row, at which to stop. A row that does not reach it reports the error that it has.
+    shared_nodes : int
+        Largest shared lattice.
+    own_nodes : int
+        Largest rule on a row's own cells; 0 keeps to the shared lattices.
 
     Returns
     -------
     Quadrature
-        Not differentiable.
+        float64, not differentiable.
 
     Raises
     ------
@@ -131,18 +111,280 @@ def log_integral(
     """
     if len(centre) not in (1, 2) or centre.dtype != torch.float64 or scale.dtype != torch.float64:
         raise ValueError(
-            f"found a centre of {len(centre)} dimensions and type {centre.dtype}, scale {scale.dtype}; "
+            f"found a centre of {len(centre)} dimensions in {centre.dtype} and a scale in {scale.dtype}; "
             "expected one or two dimensions in float64"
         )
-    integrand = Integrand(shared, rowwise, centre, scale)
-    result = _on_shared_lattices(integrand, rows, tolerance)
-    radius = RADIUS
-    while max_nodes and radius <= LARGEST_RADIUS:
-        open_rows = (result.error > tolerance).nonzero()[:, 0]
-        if radius > RADIUS:
-            open_rows = open_rows[_tail_is_open(result, open_rows, tolerance)]
-        if not len(open_rows):
+    integrand = _Integrand(shared, rowwise, centre, scale)
+    limits = _Limits(tolerance, shared_nodes, own_nodes)
+    estimate = _Estimate.unknown(rows, scale)
+    for radius in RADII:
+        index = estimate.truncated(tolerance)
+        estimate.improve(index, _in_box(integrand, index, radius, limits))
+    return Quadrature(estimate.log_value, estimate.error(), integrand.nodes)
+
+
+class _Limits(NamedTuple):
+    tolerance: float
+    shared_nodes: int
+    own_nodes: int
+
+
+class _Integrand:
+    """Log integrands of all rows in coordinates u, z = centre + scale * u; counts its evaluations."""
+
+    def __init__(self, shared: Shared, rowwise: Rowwise, centre: Tensor, scale: Tensor) -> None:
+        self.shared, self.rowwise, self.centre, self.scale = shared, rowwise, centre, scale
+        self.log_volume = scale.log().sum()
+        self.nodes = 0
+
+    @property
+    def dim(self) -> int:
+        """Number K of dimensions."""
+        return len(self.centre)
+
+    def at_common(self, index: Tensor, u: Tensor) -> Tensor:
+        """Rows ``index`` (R,) at the nodes ``u`` (G, K): (R, G)."""
+        self.nodes += len(index) * len(u)
+        return self.shared(index, self.centre + self.scale * u) + self.log_volume
+
+    def at_own(self, index: Tensor, u: Tensor) -> Tensor:
+        """Row ``index[r]`` at its own nodes ``u[r]`` (G, K), in chunks: (R, G)."""
+        self.nodes += u.shape[0] * u.shape[1]
+        size = max(1, OWN_CHUNK // u.shape[1])
+        chunks = zip(index.split(size), u.split(size), strict=True)
+        return torch.cat([self.rowwise(i, self.centre + self.scale * v) for i, v in chunks]) + self.log_volume
+
+
+class _Estimate(NamedTuple):
+    """What is known of some rows.
+
+    Attributes
+    ----------
+    log_value : Tensor (R,)
+        Log of the integral over the box.
+    change : Tensor (R,)
+        How far the last rules are from each other, nats.
+    tail : Tensor (R,)
+        Bound on the share of the mass outside the box.
+    slow : Tensor (R,) of bool
+        Whether the rules converge like a power of the spacing only, so that finer ones are wasted.
+    """
+
+    log_value: Tensor
+    change: Tensor
+    tail: Tensor
+    slow: Tensor
+
+    @classmethod
+    def unknown(cls, rows: int, like: Tensor) -> _Estimate:
+        """Nothing is known yet."""
+        infinite = like.new_full((rows,), math.inf)
+        return cls(-infinite, infinite, infinite.clone(), torch.zeros_like(infinite, dtype=torch.bool))
+
+    def error(self) -> Tensor:
+        """All that may be wrong with the value, nats."""
+        rounding = ROUNDING * self.log_value.abs().clamp(min=1.0)
+        return (self.change + self.tail + rounding).nan_to_num(math.inf)
+
+    def truncated(self, tolerance: float) -> Tensor:
+        """Index of the rows that need a larger box."""
+        return ((self.tail > tolerance) & ~self.log_value.isnan()).nonzero()[:, 0]
+
+    def coarse(self, tolerance: float) -> Tensor:
+        """Whether finer rules would help: not where what lies outside the box is the larger error."""
+        return self.log_value.isfinite() & (self.change > self.tail.clamp(min=tolerance))
+
+    def update(self, index: Tensor, new: _Estimate) -> None:
+        """Take over the rows ``index`` from ``new``."""
+        for mine, theirs in zip(self, new, strict=True):
+            mine[index] = theirs
+
+    def improve(self, index: Tensor, new: _Estimate) -> None:
+        """Take over those of the rows ``index`` in which ``new`` has the smaller error."""
+        better = new.error() < self.error()[index]
+        self.update(index[better], _Estimate(*(field[better] for field in new)))
+
+
+class _Convergence:
+    """Follows the log-integrals of some rows from rule to rule, and judges how far they have converged."""
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        self.value = like.new_full((rows,), math.nan)
+        self.last = like.new_full((rows,), math.inf)
+        self.before = like.new_full((rows,), math.inf)
+        self.slow_steps = torch.zeros(rows, dtype=torch.int64, device=like.device)
+
+    def follow(self, index: Tensor, inner: Tensor, shell: Tensor) -> _Estimate:
+        """Take the next rule of the rows ``index``: log masses inside the box and in its outer shell."""
+        value = torch.logaddexp(inner, shell)
+        difference = (value - self.value[index]).abs().nan_to_num(math.inf)
+        before, last = self.before[index], self.last[index]
+        slow = (torch.maximum(last, difference) < CONVERGING) & (_order(last, difference) < SLOW)
+        self.slow_steps[index] = torch.where(slow, self.slow_steps[index] + 1, 0)
+        self.value[index], self.before[index], self.last[index] = value, last, difference
+        expected = last ** _order(before, last)
+        tail = TAIL * (shell - value).exp()
+        return _Estimate(value, torch.maximum(difference, expected), tail, self.slow_steps[index] > 1)
+
+
+def _order(before: Tensor, last: Tensor) -> Tensor:
+    """Return p between 1 and 2 such that ``last`` = ``before``^p: two changes, one rule apart, both below 1.
+
+    Geometric convergence has p near the ratio of the spacings or above; convergence like a power tends to 1.
+    """
+    p = last.clamp(min=1e-15).log() / before.clamp(1e-15, 0.5).log()
+    return p.clamp(1.0, 2.0)
+
+
+def _in_box(integrand: _Integrand, index: Tensor, radius: float, limits: _Limits) -> _Estimate:
+    """Integrate the rows ``index`` over the box of that half-width: on shared lattices, then on their own cells."""
+    estimate = _on_shared_lattices(integrand, index, radius, limits)
+    wanted = (estimate.coarse(limits.tolerance) & ~estimate.slow).nonzero()[:, 0]
+    at_once = max(1, BLOCK // max(limits.own_nodes, (2 * _roots(radius, integrand.dim)) ** integrand.dim))
+    for block in wanted.split(at_once) if limits.own_nodes else ():
+        estimate.improve(block, _on_own_cells(integrand, index[block], radius, limits))
+    return estimate
+
+
+def _on_shared_lattices(integrand: _Integrand, index: Tensor, radius: float, limits: _Limits) -> _Estimate:
+    """Refine a lattice for the rows ``index`` until each is resolved or hopeless, or the lattice is at its largest."""
+    estimate = _Estimate.unknown(len(index), integrand.scale)
+    convergence = _Convergence(len(index), integrand.scale)
+    present = torch.arange(len(index), device=index.device)
+    cells = COARSEST
+    while len(present) and cells**integrand.dim <= limits.shared_nodes:
+        u, width = _lattice(cells, radius, integrand.scale)
+        in_shell = _in_shell(u, radius)
+        log_volume = integrand.dim * math.log(width)
+        masses = [_log_sum(integrand, index[present], u[mask]) + log_volume for mask in (~in_shell, in_shell)]
+        new = convergence.follow(present, *masses)
+        estimate.update(present, new)
+        hopeless = (new.change > HOPELESS) & (cells >= 100)
+        present = present[new.coarse(limits.tolerance) & ~hopeless]
+        cells = math.ceil(cells * GROWTH)
+    return estimate
+
+
+def _log_sum(integrand: _Integrand, index: Tensor, u: Tensor) -> Tensor:
+    """Log of the sum of the integrands of rows ``index`` over common nodes ``u``, in chunks of both."""
+    blocks = []
+    for block in index.split(ROWS):
+        size = max(1, CHUNK // len(block))
+        parts = [integrand.at_common(block, v).logsumexp(-1) for v in u.split(size)]
+        blocks.append(torch.stack(parts).logsumexp(0))
+    return torch.cat(blocks)
+
+
+class _Cells(NamedTuple):
+    """Groups of 2^K cells split off one parent each.
+
+    Attributes
+    ----------
+    owner : Tensor (C,)
+        Position of the group's row in its block.
+    u : Tensor (C, 2^K, K)
+        Centres of the cells.
+    value : Tensor (C, 2^K)
+        Log integrand there.
+    parent : Tensor (C,)
+        Log integrand at the parent's centre.
+    """
+
+    owner: Tensor
+    u: Tensor
+    value: Tensor
+    parent: Tensor
+
+    def bound(self) -> Tensor:
+        """Estimate of how high the integrand may rise in each cell: its value plus its group's spread."""
+        top = torch.maximum(self.value.amax(-1), self.parent)
+        bottom = torch.minimum(self.value.amin(-1), self.parent)
+        return self.value + (top - bottom)[:, None]
+
+    def log_sum(self, rows: int, mask: Tensor) -> Tensor:
+        """Log of the sum of the integrand over each row's cells in ``mask`` (C, 2^K): (rows,)."""
+        value = self.value.masked_fill(~mask, -math.inf)
+        top = _largest_by_row(value, self.owner, rows)
+        shift = top.nan_to_num(neginf=0.0)
+        total = torch.zeros_like(top).index_add(0, self.owner, (value - shift[self.owner, None]).exp().sum(-1))
+        return shift + total.log()
+
+
+def _on_own_cells(integrand: _Integrand, index: Tensor, radius: float, limits: _Limits) -> _Estimate:
+    """Split the cells of each of the rows ``index`` in which it may have mass, until it is resolved."""
+    rows = len(index)
+    estimate = _Estimate.unknown(rows, integrand.scale)
+    convergence = _Convergence(rows, integrand.scale)
+    cells, width = _first_cells(integrand, index, radius, convergence)
+    for _ in range(DEEPEST):
+        present = torch.unique(cells.owner)
+        in_shell = _in_shell(cells.u, radius)
+        log_volume = integrand.dim * math.log(width)
+        masses = [cells.log_sum(rows, mask)[present] + log_volume for mask in (~in_shell, in_shell)]
+        new = convergence.follow(present, *masses)
+        estimate.update(present, new)
+        unresolved = present[new.coarse(limits.tolerance) & ~new.slow]
+        keep = _worth_splitting(cells, rows, limits.own_nodes) & torch.isin(cells.owner, unresolved)[:, None]
+        if not keep.any():
             break
-        result = _on_own_cells(integrand, result, open_rows, radius, tolerance, max_nodes)
-        radius *= 2
-    return result
+        cells, width = _split(integrand, index, cells, keep, width), width / 2
+    return estimate
+
+
+def _first_cells(
+    integrand: _Integrand, index: Tensor, radius: float, convergence: _Convergence
+) -> tuple[_Cells, float]:
+    """Return cells over the whole box, the same for all rows and so evaluated at common nodes, and their width."""
+    rows = torch.arange(len(index), device=index.device)
+    u, width = _lattice(_roots(radius, integrand.dim), radius, integrand.scale)
+    parent = integrand.at_common(index, u)
+    in_shell = _in_shell(u, radius)
+    log_volume = integrand.dim * math.log(width)
+    convergence.follow(rows, *(parent[:, mask].logsumexp(-1) + log_volume for mask in (~in_shell, in_shell)))
+    children = _children(u, width)
+    value = integrand.at_common(index, children.flatten(0, 1)).unflatten(1, children.shape[:2])
+    owner = rows.repeat_interleave(len(u))
+    return _Cells(owner, children.repeat(len(index), 1, 1), value.flatten(0, 1), parent.flatten()), width / 2
+
+
+def _worth_splitting(cells: _Cells, rows: int, largest: int) -> Tensor:
+    """Mask (C, 2^K) of the cells that may matter, in rows that can afford to split them."""
+    top = _largest_by_row(cells.value, cells.owner, rows)
+    keep = cells.bound() >= top[cells.owner, None] - NEGLIGIBLE
+    count = torch.zeros(rows, dtype=torch.int64, device=keep.device).index_add(0, cells.owner, keep.sum(-1))
+    affordable = count * keep.shape[1] <= largest
+    return keep & affordable[cells.owner, None]
+
+
+def _split(integrand: _Integrand, index: Tensor, cells: _Cells, keep: Tensor, width: float) -> _Cells:
+    """Split the kept cells of the given width."""
+    owner = cells.owner[:, None].expand_as(keep)[keep]
+    u = _children(cells.u[keep], width)
+    return _Cells(owner, u, integrand.at_own(index[owner], u), cells.value[keep])
+
+
+def _lattice(cells: int, radius: float, like: Tensor) -> tuple[Tensor, float]:
+    """Centres (cells^K, K) of the cells that tile the box of that half-width, and their width."""
+    width = 2 * radius / cells
+    axis = (torch.arange(cells, dtype=like.dtype, device=like.device) + 0.5) * width - radius
+    return torch.cartesian_prod(*[axis] * len(like)).reshape(-1, len(like)), width
+
+
+def _children(u: Tensor, width: float) -> Tensor:
+    """Centres (C, 2^K, K) of the halves or quarters of the cells with centres ``u`` (C, K)."""
+    signs = u.new_tensor([-1.0, 1.0])
+    corners = torch.cartesian_prod(*[signs] * u.shape[1]).reshape(-1, u.shape[1])
+    return u[:, None, :] + corners * (width / 4)
+
+
+def _in_shell(u: Tensor, radius: float) -> Tensor:
+    return u.abs().amax(-1) > SHELL * radius
+
+
+def _largest_by_row(value: Tensor, owner: Tensor, rows: int) -> Tensor:
+    smallest = value.new_full((rows,), -math.inf)
+    return smallest.scatter_reduce(0, owner, value.amax(-1), "amax")
+
+
+def _roots(radius: float, dim: int) -> int:
+    return round(ROOTS ** (1 / dim) * radius / RADII[0])

@@ -1,0 +1,164 @@
+"""The public functions: list, load, fit, compare, write a tutorial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from elbozoo.comparison import Comparison, from_results
+from elbozoo.data import Dataset, list_datasets, load_data
+from elbozoo.guides import registry as guides
+from elbozoo.inference.comparison import run_comparison
+from elbozoo.inference.fit import Fit
+from elbozoo.inference.method import default_methods, plan, program_entry
+from elbozoo.inference.storage import writable_directory
+from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.registry import get_entry, list_models
+from elbozoo.tutorial import write_tutorial
+
+__all__ = [
+    "compare",
+    "fit",
+    "list_datasets",
+    "list_guides",
+    "list_models",
+    "load_comparison",
+    "load_data",
+    "load_fit",
+    "tutorial",
+]
+
+Model = str | type[Entry] | Callable[..., Any]
+
+
+def list_guides(model: str) -> pd.DataFrame:
+    """Return a table of all guides: family, source, whether each fits ``model``, and why not.
+
+    Raises
+    ------
+    InvalidInput
+        For an unknown model.
+    """
+    return guides.list_guides(get_entry(model).example())
+
+
+def fit(
+    model: Model,
+    data: Any,
+    *,
+    guide: str | None = None,
+    method: str | None = None,
+    seed: int = 0,
+    columns: list[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Fit:
+    """Fit one model to data by one method.
+
+    Parameters
+    ----------
+    model : str, type or callable
+        Name of an entry, or a program ``model(batch)`` of your own with an observed site ``"x"``.
+    data : str, path, DataFrame, array or tensor
+        Name of a data set, a CSV or Parquet file, or rows (N, D).
+    guide : str, optional
+        Guide to fit by stochastic variational inference; ``"mean-field"`` if neither this nor ``method`` is given.
+    method : str, optional
+        ``"em"``, ``"closed-form"`` or a guide's name, instead of ``guide``.
+    seed : int
+        Seed of everything random.
+    columns : list of str, optional
+        Columns of a file or DataFrame to use.
+    progress : bool
+        Show a bar on standard error where that is a terminal.
+    **options
+        Options of the model, the guide and the method, such as ``latent_dim=5`` or ``steps=2000``.
+
+    Raises
+    ------
+    InvalidInput
+        For anything unknown, out of range, or that does not fit together.
+    NumericalFailure
+        If the fit breaks down.
+    """
+    if guide is not None and method is not None:
+        raise InvalidInput(f"found guide={guide!r} and method={method!r}, expected one of the two")
+    rows = load_data(data, columns)
+    return plan(model, rows.x, method or guide or "mean-field", options).run(seed, progress=progress)
+
+
+def compare(
+    model: Model,
+    data: Any,
+    *,
+    methods: Iterable[str] | None = None,
+    seeds: int | Iterable[int] = 3,
+    columns: list[str] | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Comparison:
+    """Fit one model by several methods from several seeds, and hold every bound against the evidence.
+
+    Parameters
+    ----------
+    model, data, columns, progress, **options
+        See :func:`fit`; an option goes to every method that reads it.
+    methods : iterable of str, optional
+        Methods; by default those of em, mean-field and amortized that apply, and for a global latent
+        mean-field, full-rank and laplace.
+    seeds : int or iterable of int
+        Number of seeds, or the seeds themselves.
+    out : path, optional
+        Directory for tables, fits, plots and report; it is checked before the work starts.
+
+    Raises
+    ------
+    InvalidInput
+        For anything unknown, out of range, or that does not fit together.
+    NumericalFailure
+        If a fit breaks down, or a bound exceeds the truth.
+    """
+    rows: Dataset = load_data(data, columns)
+    chosen = list(methods) if methods is not None else default_methods(_entry_for(model, rows, options))
+    if out is not None:
+        writable_directory(out)
+    results = from_results(
+        run_comparison(model, rows.x, chosen, seeds, options, name=rows.name, progress=progress)
+    )
+    if out is not None:
+        results.save(out)
+    return results
+
+
+def load_fit(directory: str | Path) -> Fit:
+    """Read a fit that ``Fit.save`` wrote; it carries no data."""
+    return Fit.load(directory)
+
+
+def load_comparison(directory: str | Path) -> Comparison:
+    """Read a comparison that ``Comparison.save`` wrote; its fits carry no data."""
+    return Comparison.load(directory)
+
+
+def tutorial(model: str, path: str | Path, *, guide: str | None = None) -> Path:
+    """Write a page that teaches ``model`` with ``guide`` from a run, as Markdown or a notebook, and return its path.
+
+    Raises
+    ------
+    InvalidInput
+        For an unknown model or guide, or a path that ends in neither ``.md`` nor ``.ipynb``.
+    """
+    return write_tutorial(model, path, guide=guide)
+
+
+def _entry_for(model: Model, rows: Dataset, options: dict[str, Any]) -> Entry:
+    if isinstance(model, str):
+        model = get_entry(model)
+    if isinstance(model, type) and issubclass(model, Entry):
+        return model.example(rows.x.shape[1], **{k: v for k, v in options.items() if k in model.Options.model_fields})
+    return program_entry(model, rows.x)

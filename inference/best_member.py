@@ -1,0 +1,223 @@
+"""The best member of a guide's family for each datum, at fixed θ: it marks the approximation gap.
+
+In closed form where the posterior is normal or categorical; otherwise by natural gradients (Khan & Rue
+2023, section 1.3), a Newton method for normal families: with f = log p(x, z), the precision moves towards
+-E[∇²f] and the mean along its inverse times E[∇f]. The Hessian is taken from gradients by Stein's lemma,
+E[∇²f] = Σ⁻¹ E[(z - m) ∇fᵀ], which holds for decoders with kinks too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pyro import poutine
+from scipy.stats import norm, qmc
+from torch import Tensor
+from torch.distributions import Distribution
+
+from elbozoo.guides.base import GuideOptions
+from elbozoo.guides.families import FAMILIES, Family, LowRankNormal
+from elbozoo.guides.local import LocalGuide
+from elbozoo.inference.weights import log_joint
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry, HasPosterior
+from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.contract.sites import LatentSite
+
+GAIN = 1e-4
+ITERATIONS = 100
+PATIENCE = 3
+ADAM_RATE, ADAM_BLOCK, ADAM_BLOCKS = 0.02, 50, 100
+HERMITE_NODES = {1: 24, 2: 8}
+SOBOL_NODES = 128
+CHUNK_ELEMENTS = 2**23
+
+
+class BestMember(NamedTuple):
+    """A free guide of the family, whether it is at its maximum, and how it was found."""
+
+    guide: LocalGuide
+    converged: bool
+    method: str
+
+
+def best_member(
+    entry: Entry, family: str, x: Tensor, options: GuideOptions, start: Distribution | None = None
+) -> BestMember | None:
+    """Return the free guide of ``family`` with the largest ELBO for the rows ``x`` (N, D) at the entry's θ.
+
+    Where the maximum is searched, the search begins at the prior and, if given, once more at ``start``
+    (batch shape (N,)); the better end of the two is kept for each row.
+
+    Returns None for a family that has no bound (``delta``), and where there is no search: for more than one
+    latent site, or a support other than the real vectors.
+    """
+    sites = entry.latent_sites()
+    if len(sites) != 1 or family not in FAMILIES or family == "delta":
+        return None
+    with isolated(0):
+        guide = LocalGuide(f"free-{family}", family, "free", sites, x, options)
+    if isinstance(entry, HasPosterior):
+        with torch.no_grad():
+            closest = guide.families[sites[0].name].closest(entry.posterior(x))
+        if closest is not None:
+            return BestMember(_with_values(guide, closest), True, "closed form")
+    if not sites[0].is_real:
+        return None
+    search = _Search(entry, sites[0], x, diagonal=family != "full-rank-normal")
+    normal, converged = search.run([_prior(entry, sites[0], x), *([_normals(start)] if start is not None else [])])
+    member = guide.families[sites[0].name]
+    if isinstance(member, LowRankNormal):
+        values, converged = search.refine(member, member.near_diagonal(normal))
+        return BestMember(_with_values(guide, values), converged, "Adam")
+    closest = member.closest(normal)
+    assert closest is not None
+    return BestMember(_with_values(guide, closest), converged, "natural gradient")
+
+
+def _with_values(guide: LocalGuide, values: Tensor) -> LocalGuide:
+    (source,) = guide.sources.values()
+    with torch.no_grad():
+        source.values.copy_(values)  # type: ignore[operator,union-attr]
+    return guide
+
+
+class _Normals(NamedTuple):
+    mean: Tensor
+    precision: Tensor
+
+    def scale_tril(self) -> Tensor:
+        return torch.linalg.cholesky(torch.linalg.inv(self.precision))
+
+    def where(self, mask: Tensor, other: _Normals) -> _Normals:
+        return _Normals(
+            torch.where(mask[:, None], self.mean, other.mean),
+            torch.where(mask[:, None, None], self.precision, other.precision),
+        )
+
+
+class _Search:
+    def __init__(self, entry: Entry, site: LatentSite, x: Tensor, *, diagonal: bool) -> None:
+        self.entry, self.site, self.x, self.diagonal = entry, site, x, diagonal
+        nodes, weights = gaussian_nodes(site.dim)
+        self.nodes, self.weights = nodes.to(x.dtype), weights.to(x.dtype)
+
+    def run(self, starts: list[_Normals]) -> tuple[torch.distributions.MultivariateNormal, bool]:
+        ends = [self._ascend(start) for start in starts]
+        best, value, converged = ends[0]
+        for other, other_value, other_converged in ends[1:]:
+            better = other_value > value
+            best, value = other.where(better, best), torch.where(better, other_value, value)
+            converged = converged and other_converged
+        return torch.distributions.MultivariateNormal(best.mean, precision_matrix=best.precision), converged
+
+    def _ascend(self, current: _Normals) -> tuple[_Normals, Tensor, bool]:
+        value, slope, target = self._evaluate(current)
+        rate = torch.ones_like(value)
+        quiet = 0
+        for _ in range(ITERATIONS):
+            proposal, valid = _step(current, slope, target, rate)
+            new_value, new_slope, new_target = self._evaluate(proposal)
+            better = valid & (new_value > value)
+            gain = float(torch.where(better, new_value - value, torch.zeros_like(value)).mean())
+            current = proposal.where(better, current)
+            value = torch.where(better, new_value, value)
+            slope = torch.where(better[:, None], new_slope, slope)
+            target = torch.where(better[:, None, None], new_target, target)
+            rate = torch.where(better, (1.5 * rate).clamp(max=1.0), 0.4 * rate)
+            quiet = quiet + 1 if gain < GAIN / 10 else 0
+            if quiet == PATIENCE:
+                return current, value, True
+        return current, value, False
+
+    def refine(self, family: Family, values: Tensor) -> tuple[Tensor, bool]:
+        """Ascend from ``values`` (N, P) by Adam on fixed nodes, lowering the step size at each standstill."""
+        values = values.detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([values], lr=ADAM_RATE)
+        best, standstills = -math.inf, 0
+        for _ in range(ADAM_BLOCKS):
+            for _ in range(ADAM_BLOCK):
+                optimizer.zero_grad()
+                loss = -self._objective(family.distribution(values))
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            objective = -float(loss.detach())
+            if objective - best < GAIN * len(self.x):
+                standstills += 1
+                optimizer.param_groups[0]["lr"] *= 0.2
+            best = max(best, objective)
+            if standstills == PATIENCE:
+                return values.detach(), True
+        return values.detach(), False
+
+    def _objective(self, q: Distribution) -> Tensor:
+        z = q.mean + torch.einsum("nij,sj->sni", q.scale_tril, self.nodes)  # type: ignore[attr-defined]
+        with isolated(0):
+            log_density = log_joint(self.entry, Batch.full(self.x), {self.site.name: z})
+        return (self.weights @ log_density + q.entropy()).sum()
+
+    def _evaluate(self, q: _Normals) -> tuple[Tensor, Tensor, Tensor]:
+        rows = max(1, CHUNK_ELEMENTS // (len(self.nodes) * self.x.shape[1]))
+        spans = [slice(i, i + rows) for i in range(0, len(self.x), rows)]
+        parts = [self._evaluate_rows(self.x[s], _Normals(q.mean[s], q.precision[s])) for s in spans]
+        value, slope, curvature = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        if self.diagonal:
+            curvature = torch.diag_embed(curvature.diagonal(dim1=-2, dim2=-1))
+        return value, slope, -curvature
+
+    def _evaluate_rows(self, x: Tensor, q: _Normals) -> tuple[Tensor, Tensor, Tensor]:
+        scale_tril = q.scale_tril()
+        offsets = torch.einsum("nij,sj->sni", scale_tril, self.nodes)
+        z = (q.mean + offsets).detach().requires_grad_()
+        shaped = z.reshape(*z.shape[:2], *self.site.event_shape)
+        with isolated(0):
+            log_density = log_joint(self.entry, Batch.full(x), {self.site.name: shaped})
+        (slopes,) = torch.autograd.grad(log_density.sum(), z)
+        entropy = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * self.site.dim * (1 + math.log(2 * math.pi))
+        slope = torch.einsum("s,sni->ni", self.weights, slopes)
+        curvature = q.precision @ torch.einsum("s,sni,snj->nij", self.weights, offsets, slopes)
+        return self.weights @ log_density.detach() + entropy, slope, (curvature + curvature.mT) / 2
+
+
+def _prior(entry: Entry, site: LatentSite, x: Tensor) -> _Normals:
+    with isolated(0), torch.no_grad():
+        prior = poutine.trace(entry).get_trace(Batch.full(x)).nodes[site.name]["fn"]
+    mean = prior.mean.reshape(-1, site.dim).expand(len(x), -1)
+    return _Normals(mean, torch.diag_embed(1 / prior.variance.reshape(-1, site.dim).expand(len(x), -1)))
+
+
+def _normals(q: Distribution) -> _Normals:
+    covariance = getattr(q, "covariance_matrix", None)
+    precision = torch.diag_embed(1 / q.variance) if covariance is None else torch.linalg.inv(covariance)
+    return _Normals(q.mean.detach(), precision.detach())
+
+
+def _step(current: _Normals, slope: Tensor, target: Tensor, rate: Tensor) -> tuple[_Normals, Tensor]:
+    precision = current.precision + rate[:, None, None] * (target - current.precision)
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    # Where the curvature is not that of a maximum, keep the old precision and follow the slope alone.
+    precision = torch.where((failed > 0)[:, None, None], current.precision, precision)
+    factor = torch.where((failed > 0)[:, None, None], torch.linalg.cholesky(current.precision), factor)
+    move = torch.cholesky_solve(slope[..., None], factor)[..., 0]
+    return _Normals(current.mean + rate[:, None] * move, precision), torch.isfinite(move).all(-1)
+
+
+def gaussian_nodes(dim: int) -> tuple[Tensor, Tensor]:
+    """Nodes (S, dim) and weights (S,) for expectations under N(0, I).
+
+    A product Gauss-Hermite rule for one or two dimensions; above that antithetic Sobol points, whitened so
+    that the first two moments are exact.
+    """
+    if dim in HERMITE_NODES:
+        points, weights = np.polynomial.hermite_e.hermegauss(HERMITE_NODES[dim])
+        grid = np.stack(np.meshgrid(*[points] * dim, indexing="ij"), -1).reshape(-1, dim)
+        mass = np.prod(np.stack(np.meshgrid(*[weights] * dim, indexing="ij"), -1), -1).reshape(-1)
+        return torch.from_numpy(grid), torch.from_numpy(mass / mass.sum())
+    half = norm.ppf(qmc.Sobol(dim, seed=0).random(max(SOBOL_NODES // 2, 2 ** math.ceil(math.log2(2 * dim)))))
+    points = torch.from_numpy(np.concatenate([half, -half]))
+    factor = torch.linalg.cholesky(points.mT @ points / len(points))
+    points = torch.linalg.solve_triangular(factor, points.mT, upper=False).mT
+    return points, torch.full((len(points),), 1 / len(points), dtype=points.dtype)

@@ -1,0 +1,203 @@
+"""Methods x seeds on one data set, side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+from torch import Tensor
+
+from elbozoo.inference.fit import Fit, closed_form_evidence
+from elbozoo.inference.ledger import Ledger
+from elbozoo.inference.method import plan
+from elbozoo.inference.storage import writable_directory
+from elbozoo.models.contract.entry import Program
+from elbozoo.models.contract.errors import InvalidInput
+
+ROW = (
+    "method",
+    "guide",
+    "seed",
+    "elbo",
+    "elbo_se",
+    "log_evidence",
+    "log_evidence_se",
+    "log_evidence_kind",
+    "gap",
+    "approximation_gap",
+    "amortization_gap",
+    "learning_gap",
+    "kl",
+    "khat_max",
+    "seconds",
+    "steps",
+    "parameters",
+    "converged",
+)
+TABLE_ONLY = ("objective", "khat_share", "best_member_converged")
+SUMMARISED = ("elbo", "log_evidence", "gap", "approximation_gap", "amortization_gap", "learning_gap", "kl", "seconds")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Fits of several methods from several seeds on the same rows.
+
+    Attributes
+    ----------
+    model : str
+        Name of the entry.
+    data : dict
+        ``name``, ``rows`` and ``columns`` of the data.
+    fits : list of Fit
+        One per method and seed, in the order of :attr:`table`.
+    table : DataFrame
+        A row per fit; nats, totals over the rows. ``objective`` is the last value of what was optimised,
+        smoothed over the last hundred steps; it and the ELBO are two columns, never one.
+    options : dict
+        Options that were given, by name.
+    """
+
+    model: str
+    data: dict[str, Any]
+    fits: list[Fit]
+    table: pd.DataFrame
+    options: dict[str, Any]
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """Mean and standard deviation over the seeds, per method, best evidence first: nats, totals."""
+        groups = self.table.groupby("method", sort=False)[list(SUMMARISED)]
+        summary = groups.agg(["mean", "std"])
+        return summary.sort_values(("log_evidence", "mean"), ascending=False, na_position="last")
+
+    @property
+    def trajectories(self) -> pd.DataFrame:
+        """All trajectories in one table, with the columns method and seed in front."""
+        frames = [fit.trajectory.assign(method=fit.method, seed=fit.seed) for fit in self.fits]
+        together = pd.concat(frames, ignore_index=True)
+        return together[["method", "seed", *[c for c in together.columns if c not in ("method", "seed")]]]
+
+    def document(self) -> dict[str, Any]:
+        """Return the comparison as plain values in the schema of ``--json``; null where a figure does not apply."""
+        rows = [{key: _plain(row[key]) for key in ROW} for row in self.table.to_dict("records")]
+        return {"model": self.model, "data": self.data, "rows": rows}
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``comparison.csv``, ``comparison.json``, ``trajectories.csv`` and every fit, and return the directory."""
+        folder = writable_directory(directory)
+        self.table.to_csv(folder / "comparison.csv", index=False)
+        document = {**self.document(), "options": self.options}
+        (folder / "comparison.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        self.trajectories.to_csv(folder / "trajectories.csv", index=False)
+        for fit in self.fits:
+            if not isinstance(fit.entry, Program):
+                fit.save(folder / "fits" / f"{fit.method}-{fit.seed}")
+        return folder
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Read a comparison that :meth:`save` wrote; its fits carry no data."""
+        folder = Path(directory)
+        try:
+            document = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+            table = pd.read_csv(folder / "comparison.csv")
+        except (FileNotFoundError, json.JSONDecodeError, pd.errors.ParserError) as error:
+            raise InvalidInput(f"{folder}: expected a directory written by Comparison.save ({error})") from None
+        fits = [Fit.load(folder / "fits" / f"{row.method}-{row.seed}") for row in table.itertuples()]
+        return cls(document["model"], document["data"], fits, table, document["options"])
+
+
+def run_comparison(
+    model: Any,
+    x: Tensor,
+    methods: Iterable[str],
+    seeds: int | Iterable[int],
+    options: Mapping[str, Any],
+    *,
+    name: str = "data",
+    progress: bool = True,
+    on_fit: Callable[[Fit], None] = lambda fit: None,
+) -> Comparison:
+    """Fit every method from every seed and put their ledgers side by side.
+
+    Parameters
+    ----------
+    model : str, type or callable
+        See :func:`~elbozoo.inference.method.plan`.
+    x : Tensor (N, D)
+        Data, float64.
+    methods : iterable of str
+        Methods; all are checked before the first one runs.
+    seeds : int or iterable of int
+        Number of seeds, counted from 0, or the seeds themselves.
+    options : mapping
+        Options by name, given to every method that reads them.
+    name : str
+        Name of the data in the results.
+    on_fit : callable
+        Called with each fit as it ends.
+
+    Raises
+    ------
+    InvalidInput
+        Before anything runs, for anything that does not fit.
+    NumericalFailure
+        If a fit breaks down, or a bound exceeds the truth.
+    """
+    chosen = _seeds(seeds)
+    plans = [plan(model, x, method, options) for method in _unique(methods)]
+    fits = []
+    for each in plans:
+        for seed in chosen:
+            fits.append(each.run(seed, progress=progress))
+            on_fit(fits[-1])
+    ledgers = _with_learning_gaps([fit.full_ledger() for fit in fits], closed_form_evidence(fits[0].entry, x))
+    table = pd.DataFrame([_row(fit, ledger) for fit, ledger in zip(fits, ledgers, strict=True)])
+    data = {"name": name, "rows": x.shape[0], "columns": x.shape[1]}
+    return Comparison(fits[0].model, data, fits, table, dict(options))
+
+
+def _unique(methods: Iterable[str]) -> list[str]:
+    names = list(dict.fromkeys(methods))
+    if not names:
+        raise InvalidInput("found no method, expected at least one, such as em or mean-field")
+    return names
+
+
+def _seeds(seeds: int | Iterable[int]) -> list[int]:
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen:
+        raise InvalidInput(f"option seeds: found {seeds!r}, expected at least 1")
+    return chosen
+
+
+def _with_learning_gaps(ledgers: list[Ledger], closed_form: float) -> list[Ledger]:
+    known = [value for value in (closed_form, *(ledger.log_evidence for ledger in ledgers)) if math.isfinite(value)]
+    best = max(known, default=math.nan)
+    return [replace(ledger, learning_gap=best - ledger.log_evidence) for ledger in ledgers]
+
+
+def _row(fit: Fit, ledger: Ledger) -> dict[str, Any]:
+    figures = {
+        **ledger.as_dict(),
+        "method": fit.method,
+        "guide": fit.guide.name,
+        "seed": fit.seed,
+        "seconds": fit.seconds,
+        "steps": len(fit.trajectory),
+        "parameters": fit.parameters,
+        "converged": fit.converged,
+        "objective": float(fit.trajectory["objective"].tail(100).mean()) if len(fit.trajectory) else math.nan,
+    }
+    return {key: figures[key] for key in (*ROW, *TABLE_ONLY)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value.item() if hasattr(value, "item") else value

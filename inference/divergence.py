@@ -1,0 +1,60 @@
+"""KL(q ‖ posterior) where the posterior is known: a second opinion on the gap, from no evidence at all."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions.kl import kl_divergence
+
+from elbozoo.guides.base import Guide
+from elbozoo.inference.weights import PARTICLE_DIM
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry, HasPosterior
+from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.contract.sites import stochastic_nodes
+
+PARTICLES = 2000
+
+
+class Divergence(NamedTuple):
+    """KL divergence, nats over all data, with its standard error (zero in closed form)."""
+
+    value: float
+    standard_error: float
+
+
+def kl_to_posterior(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Divergence | None:
+    """Return KL(q ‖ p(z given x)) summed over the rows, or None where the posterior or q has no density."""
+    if not isinstance(entry, HasPosterior) or not guide.is_bound:
+        return None
+    batch = Batch.full(x)
+    with isolated(seed), torch.no_grad():
+        posterior = entry.posterior(x)
+        if guide.is_local:
+            (q,) = guide.distributions(batch).values()
+            return Divergence(float(kl_divergence(_plain(q), _plain(posterior)).sum()), 0.0)
+        return _by_draws(guide, posterior, batch)
+
+
+def _by_draws(guide: Guide, posterior: Distribution, batch: Batch) -> Divergence:
+    with pyro.plate("particles", PARTICLES, dim=PARTICLE_DIM):
+        trace = poutine.trace(guide).get_trace(batch)
+    trace.compute_log_prob()
+    difference = torch.zeros(PARTICLES, dtype=batch.x.dtype)
+    for _, node in stochastic_nodes(trace):
+        difference += node["log_prob"].reshape(PARTICLES)
+    (value,) = [node["value"] for _, node in stochastic_nodes(trace) if not node["infer"].get("is_auxiliary")]
+    difference -= posterior.log_prob(value.reshape(PARTICLES, *posterior.event_shape))
+    return Divergence(float(difference.mean()), float(difference.std() / PARTICLES**0.5))
+
+
+def _plain(distribution: Distribution) -> Distribution:
+    # PyTorch has closed forms between multivariate normals, and none between one and independent normals.
+    if isinstance(distribution, Independent) and isinstance(distribution.base_dist, Normal):
+        return MultivariateNormal(distribution.mean, scale_tril=torch.diag_embed(distribution.stddev))
+    return distribution

@@ -1,0 +1,124 @@
+"""The evidence log p(x): exact, by quadrature, or as an estimate that says so."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from elbozoo.guides.base import Guide
+from elbozoo.inference.weights import Weights, importance_weights, log_joint
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry, HasOracle, HasRowLikelihoods, supports_quadrature
+from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.contract.sites import LatentSite
+from elbozoo.models.numerics.quadrature import Quadrature, log_integral
+
+PARTICLES = 1000
+CHUNK_ROWS = 65_536
+
+
+class Evidence(NamedTuple):
+    """log p(x) of a data set at the present θ.
+
+    Attributes
+    ----------
+    value : float
+        Total over the rows, nats.
+    standard_error : float
+        Standard error of ``value``, nats: zero for ``exact``; for ``quadrature`` an upper estimate of its
+        error; for ``estimate`` the Monte Carlo error of a quantity that is below log p(x) in expectation.
+    kind : str
+        ``exact``, ``quadrature`` or ``estimate``.
+    per_datum : Tensor (N,) or None
+        log p(x_n) of each row; None where the latent is global and the rows are not independent.
+    """
+
+    value: float
+    standard_error: float
+    kind: Literal["exact", "quadrature", "estimate"]
+    per_datum: Tensor | None
+
+
+def log_evidence(entry: Entry, x: Tensor) -> Evidence | None:
+    """Return the evidence of ``x`` (N, D) where the entry's oracle or quadrature gives it, otherwise None."""
+    if isinstance(entry, HasOracle):
+        return _exact(entry, x)
+    if supports_quadrature(entry.latent_sites()):
+        return _quadrature(entry, x)
+    return None
+
+
+def estimate_evidence(weights: Weights) -> Evidence:
+    """Importance-sampled estimate of the evidence (an IWAE bound), with the delta method's standard error.
+
+    In expectation the value is a lower bound of log p(x) for every number of draws (Burda et al. 2016).
+    """
+    marginal = weights.marginal()
+    draws = len(marginal)
+    per_datum = torch.logsumexp(marginal, 0) - math.log(draws)
+    relative = (marginal - per_datum).exp()
+    variance = relative.var(0) / draws if draws > 1 else torch.zeros_like(per_datum)
+    error = float(variance.sum().sqrt())
+    return Evidence(float(per_datum.sum()), error, "estimate", per_datum if len(per_datum) > 1 else None)
+
+
+def evidence_or_estimate(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Evidence | None:
+    """Return :func:`log_evidence`, or an estimate from draws of the guide; None if the guide has no density."""
+    known = log_evidence(entry, x)
+    if known is not None or not guide.is_bound:
+        return known
+    return estimate_evidence(importance_weights(entry, guide, Batch.full(x), PARTICLES, seed))
+
+
+def _exact(entry: HasOracle, x: Tensor) -> Evidence:
+    with torch.no_grad():
+        if entry.latent_sites()[0].is_local:  # type: ignore[attr-defined]
+            per_datum = torch.cat([entry.log_evidence(part) for part in x.split(CHUNK_ROWS)])
+            return Evidence(float(per_datum.sum()), 0.0, "exact", per_datum)
+        return Evidence(float(entry.log_evidence(x)), 0.0, "exact", None)
+
+
+def _quadrature(entry: Entry, x: Tensor) -> Evidence:
+    sites = entry.latent_sites()
+    with isolated(0), torch.no_grad():
+        centre, scale = _prior_moments(entry, sites, x)
+        result: Quadrature = log_integral(
+            lambda index, nodes: _log_joint_shared(entry, sites, x[index], nodes),
+            lambda index, nodes: _log_joint_rowwise(entry, sites, x[index], nodes),
+            len(x),
+            centre,
+            scale,
+        )
+    return Evidence(float(result.log_value.sum()), float(result.error.sum()), "quadrature", result.log_value)
+
+
+def _prior_moments(entry: Entry, sites: list[LatentSite], x: Tensor) -> tuple[Tensor, Tensor]:
+    draws = _prior_trace(entry, x[:1].expand(4096, -1))
+    z = torch.cat([draws.nodes[s.name]["value"].reshape(4096, s.dim) for s in sites], -1)
+    return z.mean(0), z.std(0)
+
+
+def _prior_trace(entry: Entry, x: Tensor) -> poutine.Trace:
+    return poutine.trace(entry).get_trace(Batch.full(x))
+
+
+def _log_joint_rowwise(entry: Entry, sites: list[LatentSite], x: Tensor, nodes: Tensor) -> Tensor:
+    return log_joint(entry, Batch.full(x), _by_site(sites, nodes.transpose(0, 1))).mT
+
+
+def _log_joint_shared(entry: Entry, sites: list[LatentSite], x: Tensor, nodes: Tensor) -> Tensor:
+    if isinstance(entry, HasRowLikelihoods):
+        # The prior is the same for every row, so that one row shows it.
+        prior_and_one_row = _log_joint_rowwise(entry, sites, x[:1], nodes[None])
+        log_prior = prior_and_one_row - entry.log_likelihood(x[:1], nodes)
+        return entry.log_likelihood(x, nodes) + log_prior
+    return _log_joint_rowwise(entry, sites, x, nodes.expand(len(x), -1, -1))
+
+
+def _by_site(sites: list[LatentSite], z: Tensor) -> dict[str, Tensor]:
+    parts = z.split([site.dim for site in sites], -1)
+    return {site.name: part.reshape(*z.shape[:-1], *site.event_shape) for site, part in zip(sites, parts, strict=True)}

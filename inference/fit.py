@@ -1,0 +1,210 @@
+"""A fit: θ, q, how they were found, and what they say about data."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+import arviz
+import pandas as pd
+import torch
+from torch import Tensor
+
+from elbozoo.guides.base import Guide, GuideOptions
+from elbozoo.inference.evidence import Evidence, evidence_or_estimate
+from elbozoo.inference.inferencedata import inference_data
+from elbozoo.inference.ledger import Ledger, compute_ledger, elbo_estimate
+from elbozoo.inference.storage import read_fit, save_fit
+from elbozoo.inference.svi import unique_parameters
+from elbozoo.inference.weights import importance_weights
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.isolation import isolated
+
+EVALUATION_STREAM = 7_919  # keeps the draws of an evaluation apart from those of the fit with the same seed
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The result of fitting one model by one method; owns its model and its guide, in float64.
+
+    Attributes
+    ----------
+    model : str
+        Name of the entry.
+    method : str
+        ``em``, ``closed-form`` or the name of a guide.
+    seed : int
+        Seed of everything random in the fit.
+    entry : Entry
+        The program with its fitted θ.
+    guide : Guide
+        The fitted q(z given x).
+    objective : str
+        What was optimised.
+    trajectory : DataFrame
+        Columns step, seconds (of that step), objective, elbo, log_evidence; nats, totals over the rows.
+    seconds : float
+        Wall-clock time of the fit, without its evaluation.
+    converged : bool
+        Whether the convergence test was met.
+    interrupted : bool
+        Whether the user stopped the fit; it then holds what was reached.
+    options : dict
+        Options that were given, by name.
+    guide_options : GuideOptions
+        Options of the guide.
+    notes : list of str
+        What a reader of the figures should know, such as collapsed components.
+    provenance : dict
+        Versions of the libraries, platform and threads.
+    x : Tensor (N, D) or None
+        The data of the fit, float64; None after :meth:`load`.
+    """
+
+    model: str
+    method: str
+    seed: int
+    entry: Entry
+    guide: Guide
+    objective: str
+    trajectory: pd.DataFrame
+    seconds: float
+    converged: bool
+    interrupted: bool
+    options: dict[str, Any]
+    guide_options: GuideOptions
+    rows: int
+    notes: list[str] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=lambda: provenance())
+    x: Tensor | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that were fitted: those of the model and of the guide."""
+        return sum(p.numel() for p in unique_parameters(self.entry, self.guide))
+
+    def elbo(self, x: Any = None) -> float:
+        """ELBO of the rows ``x`` (N, D), or of the data of the fit: total, nats; always at β = 1.
+
+        Returns NaN for a q without a density, which bounds nothing.
+        """
+        rows = self._rows(x)
+        if not self.guide.is_bound:
+            return math.nan
+        return elbo_estimate(self._weights(rows))[0]
+
+    def log_evidence(self, x: Any = None) -> Evidence | None:
+        """Return log p(x) of the rows ``x`` (N, D), or of the data of the fit, with its error and its kind.
+
+        None where there is no oracle, no quadrature and no q with a density to draw from.
+        """
+        return evidence_or_estimate(self.entry, self.guide, self._rows(x), self._stream)
+
+    def ledger(self, x: Any = None, *, best_known: float = math.nan) -> pd.Series:
+        """Return the ledger of the rows ``x`` (N, D), or of the data of the fit: nats, total.
+
+        Parameters
+        ----------
+        x : array-like (N, D), optional
+            Other data than those of the fit.
+        best_known : float
+            Largest log p(x) known on these rows, from which the learning gap is measured; without one, the
+            closed-form maximum is used where the entry has one.
+        """
+        return pd.Series(self.full_ledger(x, best_known=best_known).as_dict(), name=f"{self.model} {self.method}")
+
+    def full_ledger(self, x: Any = None, *, best_known: float = math.nan) -> Ledger:
+        """Return :meth:`ledger` as a typed record."""
+        rows = self._rows(x)
+        if math.isnan(best_known):
+            best_known = closed_form_evidence(self.entry, rows)
+        return compute_ledger(
+            self.entry, self.guide, rows, self.guide_options, seed=self._stream, best_known=best_known
+        )
+
+    def transform(self, x: Any = None) -> Tensor:
+        """Return the mean of q for each row: (N, K); responsibilities for a discrete latent."""
+        with isolated(self._stream), torch.no_grad():
+            batch = Batch.full(self._rows(x))
+            if not self.guide.is_local:
+                raise InvalidInput(f"{self.model} has one latent for the whole data set, so rows have none of their own to return")
+            (q,) = self.guide.distributions(batch).values()
+            if isinstance(q, torch.distributions.Categorical):
+                return q.probs
+            mean = q.mean
+            return mean.reshape(len(mean), -1)
+
+    def score_samples(self, x: Any = None) -> Tensor:
+        """Return log p(x_n) of each row, (N,), nats: exact, by quadrature or estimated as the entry allows."""
+        evidence = self.log_evidence(x)
+        if evidence is None or evidence.per_datum is None:
+            raise InvalidInput(f"{self.model} with {self.method} gives no evidence per row; use log_evidence() for the total")
+        return evidence.per_datum
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """Draw ``n`` new rows from the fitted model, (n, D)."""
+        return self.entry.simulate(n, seed)[0]
+
+    def to_inferencedata(self, draws: int = 1000) -> arviz.InferenceData:
+        """Return draws of z, of new data and the log-likelihood as ArviZ's InferenceData, one chain.
+
+        See :func:`~elbozoo.inference.inferencedata.inference_data`.
+        """
+        return inference_data(self.entry, self.guide, self._rows(None), draws, self._stream)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the fit to ``directory`` as JSON, safetensors and CSV, without its data."""
+        return save_fit(self, directory)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Read a fit that :meth:`save` wrote."""
+        return cls(**read_fit(directory))
+
+    @property
+    def _stream(self) -> int:
+        return self.seed + EVALUATION_STREAM
+
+    def _weights(self, x: Tensor) -> Any:
+        return importance_weights(self.entry, self.guide, Batch.full(x), 1000, self._stream)
+
+    def _rows(self, x: Any) -> Tensor:
+        if x is None:
+            if self.x is None:
+                raise InvalidInput("a loaded fit does not carry its data; pass the rows x")
+            return self.x
+        rows = torch.as_tensor(getattr(x, "x", x), dtype=torch.float64)
+        if rows.ndim != 2 or rows.shape[1] != self.entry.columns:
+            raise InvalidInput(f"found data of shape {tuple(rows.shape)}, expected (rows, {self.entry.columns})")
+        return rows
+
+
+def closed_form_evidence(entry: Entry, x: Tensor) -> float:
+    """Return log p(x) at the closed-form maximum of the likelihood, total nats; NaN where none is known."""
+    if not hasattr(entry, "fit_exact") or not hasattr(entry, "log_evidence"):
+        return math.nan
+    best = type(entry)(entry.options, entry.columns).to(x.dtype)
+    best.load_state_dict(entry.state_dict())
+    with torch.no_grad():
+        best.fit_exact(x)
+        return float(best.log_evidence(x).sum())
+
+
+def provenance() -> dict[str, str]:
+    """Return versions of the libraries, the platform and the number of threads."""
+    packages = ("elbozoo", "torch", "pyro-ppl", "numpy", "scipy", "scikit-learn", "arviz")
+    versions = {name: _version(name) for name in packages}
+    return {**versions, "python": platform.python_version(), "platform": platform.platform(), "threads": str(torch.get_num_threads())}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,180 @@
+"""The ledger of a fit: how far its bound is from the truth, and why.
+
+    best log p(x) = ELBO + amortization gap + approximation gap + learning gap
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from elbozoo.guides.base import Guide, GuideOptions
+from elbozoo.inference.best_member import best_member
+from elbozoo.inference.diagnostics import k_hat
+from elbozoo.inference.divergence import kl_to_posterior
+from elbozoo.inference.evidence import PARTICLES, Evidence, estimate_evidence, log_evidence
+from elbozoo.inference.weights import Weights, importance_weights
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.errors import NumericalFailure
+
+BOUND_Z = 6.0
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Totals over the rows of a data set, in nats; NaN where a figure does not apply.
+
+    Attributes
+    ----------
+    elbo, elbo_se : float
+        E_q[log p(x, z) - log q(z)] and its Monte Carlo standard error; NaN for a q without a density.
+    log_evidence, log_evidence_se, log_evidence_kind : float, float, str
+        See :class:`~elbozoo.inference.evidence.Evidence`.
+    gap : float
+        ``log_evidence - elbo``.
+    approximation_gap : float
+        From the evidence to the best member of the guide's family.
+    amortization_gap : float
+        From that member to this q: what encoder, sharing or unfinished optimisation cost.
+    learning_gap : float
+        From the best evidence known on these data to this θ's; NaN where nothing better is known.
+    kl, kl_se : float
+        KL(q ‖ posterior), computed without the evidence; NaN where the posterior is not known.
+    khat_max, khat_share : float
+        Largest Pareto k-hat of a datum, share of data above 0.7.
+    best_member_converged : bool
+        Whether the search for the best member ended at a maximum; True where it was not needed.
+    rows : int
+        Number of rows that the totals are over.
+    """
+
+    elbo: float
+    elbo_se: float
+    log_evidence: float
+    log_evidence_se: float
+    log_evidence_kind: str | None
+    gap: float
+    approximation_gap: float
+    amortization_gap: float
+    learning_gap: float
+    kl: float
+    kl_se: float
+    khat_max: float
+    khat_share: float
+    best_member_converged: bool
+    rows: int
+
+    def as_dict(self) -> dict[str, float | str | bool | None]:
+        """Return the figures by name."""
+        return asdict(self)
+
+
+def compute_ledger(
+    entry: Entry, guide: Guide, x: Tensor, options: GuideOptions, *, seed: int, best_known: float = math.nan
+) -> Ledger:
+    """Compute the ledger of ``guide`` at the θ of ``entry`` on the rows ``x`` (N, D), float64.
+
+    Raises
+    ------
+    NumericalFailure
+        If the ELBO exceeds the evidence beyond the errors of both.
+    """
+    evidence = log_evidence(entry, x)
+    if not guide.is_bound:
+        return _without_bound(evidence, best_known, len(x))
+    weights = importance_weights(entry, guide, Batch.full(x), PARTICLES, seed)
+    elbo, elbo_se = elbo_estimate(weights)
+    evidence = evidence or estimate_evidence(weights)
+    check_bound(elbo, elbo_se, evidence)
+    gap = evidence.value - elbo
+    approximation, converged = _approximation_gap(entry, guide, x, options, seed, evidence, weights)
+    kl = kl_to_posterior(entry, guide, x, seed + 1)
+    khat = k_hat(weights)
+    return Ledger(
+        elbo=elbo,
+        elbo_se=elbo_se,
+        log_evidence=evidence.value,
+        log_evidence_se=evidence.standard_error,
+        log_evidence_kind=evidence.kind,
+        gap=gap,
+        approximation_gap=approximation,
+        amortization_gap=gap - approximation,
+        learning_gap=best_known - evidence.value,
+        kl=kl.value if kl else math.nan,
+        kl_se=kl.standard_error if kl else math.nan,
+        khat_max=khat.maximum if khat else math.nan,
+        khat_share=khat.share_above if khat else math.nan,
+        best_member_converged=converged,
+        rows=len(x),
+    )
+
+
+def elbo_estimate(weights: Weights) -> tuple[float, float]:
+    """Total ELBO and its Monte Carlo standard error, nats; the error is zero where nothing was drawn."""
+    draws = weights.elbo()
+    if len(draws) == 1:
+        return float(draws.sum()), 0.0
+    return float(draws.mean(0).sum()), float((draws.var(0) / len(draws)).sum().sqrt())
+
+
+def check_bound(elbo: float, elbo_se: float, evidence: Evidence) -> None:
+    """Refuse a bound above the truth by more than six standard errors (false alarms below 1e-9) and rounding.
+
+    An ``estimate`` is itself a lower bound, so nothing can be said against an ELBO above it.
+    """
+    allowed = BOUND_Z * math.hypot(elbo_se, evidence.standard_error) + ROUNDING * max(1.0, abs(evidence.value))
+    if evidence.kind != "estimate" and elbo > evidence.value + allowed:
+        raise NumericalFailure(
+            f"the ELBO {elbo:.6f} exceeds log p(x) = {evidence.value:.6f} by more than its error {allowed:.2g}: "
+            "the guide, the model's log density or the oracle is wrong"
+        )
+
+
+def _approximation_gap(
+    entry: Entry, guide: Guide, x: Tensor, options: GuideOptions, seed: int, evidence: Evidence, weights: Weights
+) -> tuple[float, bool]:
+    if guide.family == "posterior":
+        return 0.0, True
+    if not guide.is_local:
+        # One q for the whole data set leaves nothing to amortize: the gap is the family's and the optimiser's.
+        return evidence.value - elbo_estimate(weights)[0], True
+    (q,) = guide.distributions(Batch.full(x)).values()
+    best = best_member(entry, guide.family, x, options, start=q)
+    if best is None:
+        return math.nan, True
+    # The same seed gives both the same draws, so that their difference has little noise.
+    best_weights = importance_weights(entry, best.guide, Batch.full(x), PARTICLES, seed)
+    return evidence.value - elbo_estimate(best_weights)[0], best.converged
+
+
+def _without_bound(evidence: Evidence | None, best_known: float, rows: int) -> Ledger:
+    nan = math.nan
+    value = evidence.value if evidence else nan
+    return Ledger(
+        elbo=nan,
+        elbo_se=nan,
+        log_evidence=value,
+        log_evidence_se=evidence.standard_error if evidence else nan,
+        log_evidence_kind=evidence.kind if evidence else None,
+        gap=nan,
+        approximation_gap=nan,
+        amortization_gap=nan,
+        learning_gap=best_known - value,
+        kl=nan,
+        kl_se=nan,
+        khat_max=nan,
+        khat_share=nan,
+        best_member_converged=True,
+        rows=rows,
+    )
+
+
+def per_datum_elbo(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Tensor:
+    """ELBO of each row, (N,), nats; of all data together, (1,), where the latent is global."""
+    with torch.no_grad():
+        return importance_weights(entry, guide, Batch.full(x), PARTICLES, seed).elbo().mean(0)

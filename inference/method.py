@@ -1,0 +1,245 @@
+"""Methods: from (entry, data, options, seed) to a fit."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elbozoo.guides.base import Guide, GuideOptions
+from elbozoo.guides.registry import ALL_NAMES, build_guide, guide_names, resolve_guide
+from elbozoo.inference.best_member import best_member
+from elbozoo.inference.em import EMOptions, run_em
+from elbozoo.inference.fit import Fit
+from elbozoo.inference.monte_carlo_em import MonteCarloEMOptions, run_monte_carlo_em
+from elbozoo.inference.objectives import resolve_objective
+from elbozoo.inference.svi import TrainingOptions, run_svi
+from elbozoo.inference.trajectory import Trajectory
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry, HasClosedForm, HasOracle, HasPosterior, Program, SupportsEM
+from elbozoo.models.contract.errors import InvalidInput, unknown_name
+from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.contract.options import Options
+from elbozoo.models.contract.registry import get_entry
+
+SCHEMAS: tuple[type[Options], ...] = (GuideOptions, TrainingOptions, EMOptions, MonteCarloEMOptions)
+SCHEMA_TITLES = {GuideOptions: "guide", TrainingOptions: "SVI", EMOptions: "EM", MonteCarloEMOptions: "Monte Carlo EM"}
+POSTERIOR_FAMILY = "full-rank-normal"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A fit that is ready to run: everything about it has been checked.
+
+    Attributes
+    ----------
+    method : str
+        Name of the method, canonical for guides.
+    label : str
+        Name by which it was asked for.
+    entry : Entry
+        A model built for the data, at the starting values of seed 0.
+    """
+
+    method: str
+    label: str
+    entry: Entry
+    x: Tensor
+    options: dict[str, Any]
+    build: Callable[[int], Entry]
+
+    def run(self, seed: int, *, progress: bool = True) -> Fit:
+        """Fit from ``seed``, which decides the starting values and every draw."""
+        entry = self.build(seed)
+        x = self.x.to(entry.dtype)
+        with isolated(seed):
+            return _RUNNERS.get(self.method, _run_guide)(self, entry, x, seed, progress)
+
+    def schema(self, cls: type[Options]) -> Any:
+        """Return the options of this plan that ``cls`` declares, validated."""
+        return cls.parse({k: v for k, v in self.options.items() if k in cls.model_fields})
+
+
+def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any]) -> Plan:
+    """Check everything about a fit before it runs.
+
+    Parameters
+    ----------
+    model : str, type or callable
+        Name of an entry, an entry class, or a program of the user's.
+    x : Tensor (N, D)
+        Data, float64.
+    method : str
+        ``em``, ``closed-form`` or a guide's name.
+    options : mapping
+        Options of the model, the guide and the method, by name; one name is one option wherever it is read.
+
+    Raises
+    ------
+    InvalidInput
+        For anything unknown, out of range, or that does not fit together.
+    """
+    build, entry_options = _builder(model, x, options)
+    rest = {k: v for k, v in options.items() if k not in entry_options.model_fields}
+    _check_names(rest, entry_options)
+    entry = build(0)
+    canonical = resolve_method(method, entry)
+    result = Plan(canonical, method, entry, x, dict(options), build)
+    for schema in SCHEMAS:
+        result.schema(schema)
+    if canonical not in ("em", "closed-form"):
+        _check_objective(result)
+    return result
+
+
+def program_entry(program: Any, x: Tensor) -> Entry:
+    """Return a copy of the user's ``program`` as an entry for the rows ``x``; the user's own stays as it was."""
+    return Program(copy.deepcopy(program), x.shape[1]).to(x.dtype)
+
+
+def method_names(entry: Entry) -> list[str]:
+    """Return the names of all methods that apply to ``entry``."""
+    special = [name for name, refusal in _refusals(entry).items() if refusal is None]
+    return [*special, *guide_names(entry)]
+
+
+def default_methods(entry: Entry) -> list[str]:
+    """Return the methods that are compared when none are named."""
+    if not entry.latent_sites()[0].is_local:
+        return ["mean-field", "full-rank", "laplace"]
+    return [name for name in ("em", "mean-field", "amortized") if _refusals(entry).get(name) is None]
+
+
+def resolve_method(name: str, entry: Entry) -> str:
+    """Return the canonical name of a method.
+
+    Raises
+    ------
+    InvalidInput
+        For an unknown method, or one that does not apply, with the reason.
+    """
+    refusals = _refusals(entry)
+    if name in refusals:
+        if refusals[name] is not None:
+            raise InvalidInput(f"method {name!r} does not apply to {entry.name()}: {refusals[name]}; methods that do: {', '.join(method_names(entry))}")
+        return name
+    if name not in ALL_NAMES:
+        raise unknown_name("method", name, [*refusals, *ALL_NAMES])
+    return resolve_guide(name, entry)
+
+
+def _refusals(entry: Entry) -> dict[str, str | None]:
+    site = entry.latent_sites()[0]
+    em = None
+    if not isinstance(entry, SupportsEM) and not (site.is_local and site.is_real and list(entry.parameters())):
+        em = "it has no E and M step in closed form, and Monte Carlo EM needs a continuous latent per datum and parameters to learn"
+    closed = None if isinstance(entry, HasClosedForm) else "no closed form of its maximum is known"
+    return {"em": em, "closed-form": closed}
+
+
+def _builder(model: Any, x: Tensor, options: Mapping[str, Any]) -> tuple[Callable[[int], Entry], type[Options]]:
+    if isinstance(model, str):
+        model = get_entry(model)
+    if isinstance(model, type) and issubclass(model, Entry):
+        given = {k: v for k, v in options.items() if k in model.Options.model_fields}
+        return lambda seed: model.from_data(x, seed=seed, **given), model.Options
+    return lambda seed: program_entry(model, x), Options
+
+
+def _check_names(options: Mapping[str, Any], entry_options: type[Options]) -> None:
+    known = {name for schema in (*SCHEMAS, entry_options) for name in schema.model_fields}
+    for name in options:
+        if name not in known:
+            raise unknown_name("option", name, known)
+
+
+def _check_objective(plan: Plan) -> None:
+    with isolated(0):
+        guide = build_guide(plan.method, plan.entry, plan.x[:2].to(plan.entry.dtype), plan.schema(GuideOptions))
+    resolve_objective(plan.schema(TrainingOptions).objective, guide)
+
+
+def _run_guide(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
+    options = plan.schema(TrainingOptions)
+    guide = build_guide(plan.method, entry, x, plan.schema(GuideOptions))
+    objective = resolve_objective(options.objective, guide)
+    batch = Batch.full(x)
+    before = time.perf_counter()
+    result = run_svi(entry, guide, objective, batch, options, progress=progress)
+    guide.finalize(batch)
+    seconds = time.perf_counter() - before
+    return _fit(plan, entry, guide, seed, objective.name, result.trajectory, seconds, result.converged, result.interrupted)
+
+
+def _run_em(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
+    if not isinstance(entry, SupportsEM):
+        return _run_monte_carlo_em(plan, entry, x, seed, progress)
+    before = time.perf_counter()
+    run = run_em(entry, x, plan.schema(EMOptions), seed=seed, progress=progress)
+    seconds = time.perf_counter() - before
+    notes = [run.degeneracy] if run.degeneracy else []
+    guide = build_guide("exact", entry, x)
+    return _fit(plan, entry, guide, seed, "log p(x)", run.trajectory, seconds, run.converged, run.interrupted, notes)
+
+
+def _run_monte_carlo_em(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
+    before = time.perf_counter()
+    run = run_monte_carlo_em(entry, Batch.full(x), plan.schema(MonteCarloEMOptions), progress=progress)
+    # Draws have no density, so the q of the fit is the normal closest to the posterior they came from.
+    entry = entry.double()
+    best = best_member(entry, POSTERIOR_FAMILY, x.double(), plan.schema(GuideOptions))
+    assert best is not None
+    seconds = time.perf_counter() - before
+    notes = ["q is the full-rank normal of each datum that is closest to its posterior"]
+    return _fit(plan, entry, best.guide, seed, "E[log p(x, z)]", run.trajectory, seconds, run.converged, run.interrupted, notes)
+
+
+def _run_closed_form(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
+    assert isinstance(entry, HasClosedForm) and isinstance(entry, HasOracle) and isinstance(entry, HasPosterior)
+    before = time.perf_counter()
+    entry.fit_exact(x)
+    seconds = time.perf_counter() - before
+    trajectory = Trajectory(is_elbo=True)
+    with torch.no_grad():
+        trajectory.rows.append((0, seconds, *[float(entry.log_evidence(x).sum())] * 3))
+    return _fit(plan, entry, build_guide("exact", entry, x), seed, "log p(x)", trajectory, seconds, True, False)
+
+
+_RUNNERS = {"em": _run_em, "closed-form": _run_closed_form}
+
+
+def _fit(
+    plan: Plan,
+    entry: Entry,
+    guide: Guide,
+    seed: int,
+    objective: str,
+    trajectory: Trajectory,
+    seconds: float,
+    converged: bool,
+    interrupted: bool,
+    notes: list[str] | None = None,
+) -> Fit:
+    # The run built both for itself, so the fit owns them; everything is judged in float64.
+    return Fit(
+        model=entry.name() if not isinstance(entry, Program) else "program",
+        method=plan.label,
+        seed=seed,
+        entry=entry.double(),
+        guide=guide.double(),
+        objective=objective,
+        trajectory=trajectory.frame(),
+        seconds=seconds,
+        converged=converged and not interrupted,
+        interrupted=interrupted,
+        options=plan.options,
+        guide_options=plan.schema(GuideOptions),
+        rows=len(plan.x),
+        notes=notes or [],
+        x=plan.x.double(),
+    )

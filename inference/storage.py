@@ -1,0 +1,130 @@
+"""Fits on disk: JSON for what people read, safetensors for parameters, CSV for the trajectory; never pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from elbozoo.guides.base import GuideOptions
+from elbozoo.guides.registry import build_guide
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Program
+from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.contract.registry import get_entry
+
+if TYPE_CHECKING:
+    from elbozoo.inference.fit import Fit
+
+FORMAT = 1
+CARD, MODEL, GUIDE, TRAJECTORY = "fit.json", "model.safetensors", "guide.safetensors", "trajectory.csv"
+
+
+def save_fit(fit: Fit, directory: str | Path) -> Path:
+    """Write ``fit`` to ``directory``, which is made if need be, and return it.
+
+    Raises
+    ------
+    InvalidInput
+        For a program of the user's, which only its own code can rebuild, or a directory that cannot be written.
+    """
+    if isinstance(fit.entry, Program):
+        raise InvalidInput("found a program of your own, expected an entry of the zoo: save fit.entry.state_dict() beside your code")
+    folder = writable_directory(directory)
+    save_file(_tensors(fit.entry), folder / MODEL)
+    save_file(_tensors(fit.guide), folder / GUIDE)
+    fit.trajectory.to_csv(folder / TRAJECTORY, index=False)
+    (folder / CARD).write_text(json.dumps(_card(fit), indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def read_fit(directory: str | Path) -> dict[str, Any]:
+    """Read what :func:`save_fit` wrote: the fields of a fit, by name, without its data.
+
+    Raises
+    ------
+    InvalidInput
+        If the directory holds no fit, or one that is damaged or of another format.
+    """
+    folder = Path(directory)
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        if card["format"] != FORMAT:
+            raise InvalidInput(f"{folder}: found a fit of format {card['format']}, expected {FORMAT}: fit again with this version")
+        return _restore(card, folder)
+    except FileNotFoundError as error:
+        raise InvalidInput(f"{folder}: found no file {Path(error.filename).name}, expected a directory written by Fit.save") from None
+    except (json.JSONDecodeError, KeyError, SafetensorError, RuntimeError) as error:
+        raise InvalidInput(f"{folder}: the saved fit is damaged ({str(error).splitlines()[0]}); expected files as Fit.save wrote them") from None
+
+
+def writable_directory(directory: str | Path) -> Path:
+    """Make ``directory`` if need be and return it.
+
+    Raises
+    ------
+    InvalidInput
+        If it cannot be made or written to.
+    """
+    folder = Path(directory)
+    probe = folder / ".elbozoo-write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InvalidInput(f"output directory {folder}: {error.strerror or error}; choose one that can be written to") from None
+    return folder
+
+
+def _card(fit: Fit) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "model": fit.model,
+        "method": fit.method,
+        "guide": fit.guide.name,
+        "objective": fit.objective,
+        "seed": fit.seed,
+        "rows": fit.rows,
+        "columns": fit.entry.columns,
+        "model_options": fit.entry.options.model_dump(),
+        "guide_options": fit.guide_options.model_dump(),
+        "options": fit.options,
+        "seconds": fit.seconds,
+        "converged": fit.converged,
+        "interrupted": fit.interrupted,
+        "notes": fit.notes,
+        "provenance": fit.provenance,
+    }
+
+
+def _restore(card: dict[str, Any], folder: Path) -> dict[str, Any]:
+    entry_class = get_entry(card["model"])
+    entry = entry_class(entry_class.Options.parse(card["model_options"]), card["columns"]).double()
+    entry.load_state_dict(load_file(folder / MODEL))
+    guide_options = GuideOptions.parse(card["guide_options"])
+    # The guide takes its shapes from data, and a Laplace guide its curvature: any data of the right size will do.
+    x, _ = entry.simulate(card["rows"], seed=0)
+    with isolated(0):
+        guide = build_guide(card["guide"], entry, x, guide_options)
+        if card["guide"] == "laplace":
+            guide.finalize(Batch.full(x))
+    guide.load_state_dict(load_file(folder / GUIDE))
+    kept = ("model", "method", "seed", "objective", "seconds", "converged", "interrupted", "options", "rows", "notes", "provenance")
+    return {
+        **{key: card[key] for key in kept},
+        "entry": entry,
+        "guide": guide,
+        "guide_options": guide_options,
+        "trajectory": pd.read_csv(folder / TRAJECTORY),
+    }
+
+
+def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().contiguous().clone() for name, value in module.state_dict().items()}

@@ -1,0 +1,151 @@
+r"""Factor analysis.
+
+A few common factors explain how the columns vary together, and every column has a noise of its own. Unlike
+in PPCA the answer does not depend on the units of the columns, and the maximum of the likelihood has no
+closed form: EM has to look for it.
+
+$$
+z_n \sim \mathcal N(0, I_K), \qquad x_n \mid z_n \sim \mathcal N(W z_n + \mu,\ \Psi), \quad \Psi = \operatorname{diag}(\psi_1, \dots, \psi_D)
+$$
+
+The evidence is $p(x) = \mathcal N(\mu, W W^\top + \Psi)$, and the posterior is
+$p(z \mid x) = \mathcal N\bigl(M^{-1} W^\top \Psi^{-1} (x - \mu),\ M^{-1}\bigr)$ with
+$M = I + W^\top \Psi^{-1} W$. As in PPCA, rotations of $W$ leave the likelihood unchanged and change the gap of a
+mean-field guide.
+
+What goes wrong: a Heywood case, in which one factor reproduces a column so that its noise tends to
+zero. The option `floor` states how far it may go, as a share of the column's variance. EM is slow where
+noise is small against signal.
+
+References
+----------
+```bibtex
+@article{rubin1982em,
+  author = {Rubin, Donald B. and Thayer, Dorothy T.},
+  title = {{EM} algorithms for {ML} factor analysis},
+  journal = {Psychometrika}, volume = {47}, number = {1}, pages = {69--76}, year = {1982}
+}
+@book{bartholomew2011latent,
+  author = {Bartholomew, David J. and Knott, Martin and Moustaki, Irini},
+  title = {Latent Variable Models and Factor Analysis: A Unified Approach},
+  publisher = {Wiley}, year = {2011}, edition = {3}
+}
+```
+"""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.options import Field, Options
+from elbozoo.models.numerics import linear_gaussian
+from elbozoo.models.numerics.linear_gaussian import LinearGaussianStatistics
+
+
+class FactorAnalysisOptions(Options):
+    """Options of :class:`FactorAnalysis`."""
+
+    latent_dim: int = Field(2, ge=1, description="number K of factors")
+    floor: float = Field(1e-6, gt=0, lt=1, description="least noise variance of a column, as a share of its variance")
+
+
+class FactorAnalysis(Entry):
+    """Factor analysis: z ~ N(0, I), x ~ N(W z + μ, diag(ψ)).
+
+    Attributes
+    ----------
+    loading : Parameter (D, K)
+        W.
+    loc : Parameter (D,)
+        μ.
+    log_excess : Parameter (D,)
+        Log of what each column's noise variance has above the floor, in units of the column's variance.
+    unit : buffer (D,)
+        Standard deviation of each column of the data.
+    """
+
+    Options = FactorAnalysisOptions
+    options: FactorAnalysisOptions
+    unit: Tensor
+
+    def __init__(self, options: FactorAnalysisOptions, columns: int) -> None:
+        super().__init__(options, columns)
+        self.loading = torch.nn.Parameter(torch.zeros(columns, options.latent_dim))
+        self.loc = torch.nn.Parameter(torch.zeros(columns))
+        self.log_excess = torch.nn.Parameter(torch.zeros(columns))
+        self.register_buffer("unit", torch.ones(columns))
+
+    @classmethod
+    def check_data(cls, x: Tensor, options: FactorAnalysisOptions) -> None:  # type: ignore[override]
+        """Refuse constant columns, and more factors than rows or columns allow."""
+        constant = torch.nonzero(x.var(0, correction=0) == 0).flatten().tolist()
+        if constant:
+            raise InvalidInput(
+                f"columns {[c + 1 for c in constant]} (counted from 1) are constant, expected columns that vary: without "
+                "variance a column's noise is zero and the likelihood unbounded; leave them out with --columns"
+            )
+        most = min(x.shape[1], len(x)) - 1
+        if options.latent_dim > most:
+            raise InvalidInput(
+                f"option latent_dim: found {options.latent_dim} for {len(x)} rows x {x.shape[1]} columns, expected at most {most}: fewer "
+                "factors than columns and rows"
+            )
+
+    def initialize(self, x: Tensor, restart: int = 0) -> None:
+        """Start at the data's mean, a random loading of half each column's variance and noise of the other half."""
+        with torch.no_grad():
+            self.unit.copy_(x.std(0, correction=0))
+            self.loc.copy_(x.mean(0))
+            self.loading.normal_().mul_(self.unit[:, None] / (2 * self.options.latent_dim) ** 0.5)
+            self._set_variance(0.5 * self.unit.square())
+
+    def randomize(self) -> None:
+        """Draw a loading of unit variance and noise scales from 0.3 to 1."""
+        with torch.no_grad():
+            self.loading.normal_()
+            self.loc.normal_()
+            self._set_variance((0.3 + 0.7 * torch.rand_like(self.loc)).square())
+
+    def forward(self, batch: Batch) -> Tensor:
+        """z (B, K) ~ N(0, I); x (B, D) ~ N(W z + μ, diag(ψ))."""
+        zeros = self.loading.new_zeros(self.options.latent_dim)
+        with pyro.plate("data", batch.total, subsample=batch.index):
+            z = pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1))
+            mean = z @ self.loading.mT + self.loc
+            return pyro.sample("x", dist.Normal(mean, self.variance.sqrt()).to_event(1), obs=batch.x)
+
+    @property
+    def variance(self) -> Tensor:
+        """ψ of each column, (D,), never below the floor."""
+        return self.unit.square() * (self.options.floor + self.log_excess.exp())
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """Exact log p(x), (N,), nats, through the K x K matrix M."""
+        return linear_gaussian.log_density(x, self.loc, self.loading, self.variance)
+
+    def posterior(self, x: Tensor) -> dist.MultivariateNormal:
+        """Exact p(z given x): batch shape (N,), event shape (K,)."""
+        mean, scale_tril = linear_gaussian.posterior(x, self.loc, self.loading, self.variance)
+        return dist.MultivariateNormal(mean, scale_tril=scale_tril)
+
+    def expected_statistics(self, x: Tensor) -> LinearGaussianStatistics:
+        """E step (Rubin & Thayer 1982), summed over the rows."""
+        return linear_gaussian.expected_statistics(x, self.loc, self.loading, self.variance)
+
+    def maximize(self, statistics: LinearGaussianStatistics) -> None:
+        """M step (Rubin & Thayer 1982), μ maximised jointly; the floor is the exact maximiser under it."""
+        with torch.no_grad():
+            loc, loading, variance = linear_gaussian.maximize(statistics, self.loc)
+            self.loc.copy_(loc)
+            self.loading.copy_(loading)
+            self._set_variance(variance)
+
+    def _set_variance(self, variance: Tensor) -> None:
+        excess = variance / self.unit.square() - self.options.floor
+        self.log_excess.copy_(excess.clamp(min=torch.finfo(excess.dtype).tiny).log())
