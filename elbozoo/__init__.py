@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from elbozoo.api import (
         compare,
+        describe,
         fit,
         list_datasets,
         list_guides,
@@ -31,6 +32,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             "compare",
+            "describe",
             "fit",
             "list_datasets",
             "list_guides",
@@ -49,9 +51,7 @@ _HOMES = {
     "NumericalFailure": "elbozoo.models.contract.errors",
 }
 
-__all__ = [  # noqa: PLE0604
-    *sorted(_HOMES),
-]
+__all__ = sorted(_HOMES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

@@ -13,16 +13,18 @@ from elbozoo.data import Dataset, list_datasets, load_data
 from elbozoo.guides import registry as guides
 from elbozoo.inference.comparison import run_comparison
 from elbozoo.inference.fit import Fit
-from elbozoo.inference.method import default_methods, plan, program_entry
+from elbozoo.inference.method import SCHEMA_TITLES, default_methods, method_names, plan, program_entry
 from elbozoo.inference.storage import writable_directory
-from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.entry import Entry, capabilities
 from elbozoo.models.contract.errors import InvalidInput
-from elbozoo.models.contract.registry import get_entry, list_models
+from elbozoo.models.contract.registry import entry_names, get_entry, list_models
 from elbozoo.tutorial import write_tutorial
 
 __all__ = [
     "compare",
+    "describe",
     "fit",
+    "guide_overview",
     "list_datasets",
     "list_guides",
     "list_models",
@@ -44,6 +46,45 @@ def list_guides(model: str) -> pd.DataFrame:
         For an unknown model.
     """
     return guides.list_guides(get_entry(model).example())
+
+
+def guide_overview() -> pd.DataFrame:
+    """Return a table of all guides: family and source, and the models that each fits."""
+    fitting: dict[str, list[str]] = {}
+    cards = {}
+    for model in entry_names():
+        for card in guides.guide_cards(get_entry(model).example()):
+            cards[card.name] = card
+            fitting.setdefault(card.name, []).extend([model] if card.refusal is None else [])
+    rows = [
+        {"guide": name, "family": card.family, "source": card.source, "models": ", ".join(fitting[name])}
+        for name, card in cards.items()
+    ]
+    return pd.DataFrame(rows).set_index("guide")
+
+
+def describe(model: str) -> dict[str, Any]:
+    """Return a model's page, capabilities, methods, guides and options as plain values.
+
+    Raises
+    ------
+    InvalidInput
+        For an unknown model.
+    """
+    cls = get_entry(model)
+    example = cls.example()
+    options = {model: cls.Options.describe()}
+    options.update({title: schema.describe() for schema, title in SCHEMA_TITLES.items()})
+    return {
+        "model": model,
+        "summary": cls.summary(),
+        "page": cls.page(),
+        "capabilities": capabilities(example),
+        "methods": method_names(example),
+        "default_methods": default_methods(example),
+        "guides": guides.guide_names(example),
+        "options": options,
+    }
 
 
 def fit(

@@ -56,8 +56,12 @@ class Entry(PyroModule):
     @classmethod
     def summary(cls) -> str:
         """One line that says what the entry is: the first line of its page."""
-        page = inspect.getmodule(cls).__doc__ or ""  # type: ignore[union-attr]
-        return page.strip().partition("\n")[0].rstrip(".")
+        return cls.page().partition("\n")[0].rstrip(".")
+
+    @classmethod
+    def page(cls) -> str:
+        """The entry's page: story, equations and references, from its file's docstring (Markdown)."""
+        return inspect.getdoc(inspect.getmodule(cls)) or ""
 
     @classmethod
     def check_data(cls, x: Tensor, options: Options) -> None:

@@ -44,8 +44,8 @@ CHUNK = 2**20  # integrand values held at once on shared nodes
 OWN_CHUNK = 2**15  # integrand values held at once on nodes of a row's own, where a decoder holds a layer for each
 ROWS = 2**12  # rows that share nodes at once
 BLOCK = 2**22  # nodes held at once by a block of rows with cells of their own
-CONVERGING = 1e-2  # nats of change below which the order of convergence means something
-SLOW = 1.4  # order of convergence below which splitting cells on is wasted
+CONVERGING = 1e-2  # nats: differences below it show how fast they fall
+AGREEMENT = 1e-10  # nats: differences below it count as rounding
 DEEPEST = 40  # times that a cell is split
 
 
@@ -206,12 +206,21 @@ class _Estimate(NamedTuple):
 
 
 class _Convergence:
-    """Follows the log-integrals of some rows from rule to rule, and judges how far they have converged."""
+    """Follows the log-integrals of some rows from rule to rule, and judges how far they have converged.
 
-    def __init__(self, rows: int, like: Tensor) -> None:
+    Differences d of successive rules, the spacing of each ``ratio`` times finer, fall as d^ratio under geometric
+    convergence. Two steps like that in a row earn trust: the error is then the last difference, or what the two
+    before it made one expect if that is more. Without trust it is twice the largest difference so far, as far as that
+    may have fallen under convergence of order 2. Luck with one difference does not shrink either.
+    """
+
+    def __init__(self, rows: int, like: Tensor, ratio: float) -> None:
+        self.ratio = ratio
         self.value = like.new_full((rows,), math.nan)
-        self.last = like.new_full((rows,), math.inf)
         self.before = like.new_full((rows,), math.inf)
+        self.last = like.new_full((rows,), math.inf)
+        self.envelope = like.new_zeros(rows)
+        self.fast_steps = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.slow_steps = torch.zeros(rows, dtype=torch.int64, device=like.device)
 
     def follow(self, index: Tensor, inner: Tensor, shell: Tensor) -> _Estimate:
@@ -219,19 +228,27 @@ class _Convergence:
         value = torch.logaddexp(inner, shell)
         difference = (value - self.value[index]).abs().nan_to_num(math.inf)
         before, last = self.before[index], self.last[index]
-        slow = (torch.maximum(last, difference) < CONVERGING) & (_order(last, difference) < SLOW)
-        self.slow_steps[index] = torch.where(slow, self.slow_steps[index] + 1, 0)
+        self._count_steps(index, last, difference)
+        trusted = self.fast_steps[index] > 1
+        fallen = torch.maximum(difference, self.envelope[index] / self.ratio**2)
+        change = torch.where(trusted, torch.maximum(difference, last ** _order(before, last)), 2 * fallen)
+        self.envelope[index] = torch.where(trusted, change, fallen).where(difference.isfinite(), 0.0)
         self.value[index], self.before[index], self.last[index] = value, last, difference
-        expected = last ** _order(before, last)
-        tail = TAIL * (shell - value).exp()
-        return _Estimate(value, torch.maximum(difference, expected), tail, self.slow_steps[index] > 1)
+        return _Estimate(
+            value, change.where(last.isfinite(), math.inf), TAIL * (shell - value).exp(), self.slow_steps[index] > 1
+        )
+
+    def _count_steps(self, index: Tensor, last: Tensor, difference: Tensor) -> None:
+        """Count the steps in a row that look like geometric convergence, and those that surely do not."""
+        order = 1 + 0.55 * (self.ratio - 1)
+        fast = difference <= (last.clamp(max=0.5) ** order).clamp(min=AGREEMENT)
+        slow = ~fast & (torch.maximum(last, difference) < CONVERGING)
+        self.fast_steps[index] = torch.where(fast, self.fast_steps[index] + 1, 0)
+        self.slow_steps[index] = torch.where(slow, self.slow_steps[index] + 1, 0)
 
 
 def _order(before: Tensor, last: Tensor) -> Tensor:
-    """Return p between 1 and 2 such that ``last`` = ``before``^p: two changes, one rule apart, both below 1.
-
-    Geometric convergence has p near the ratio of the spacings or above; convergence like a power tends to 1.
-    """
+    """Return p between 1 and 2 such that ``last`` = ``before``^p, for differences below 1."""
     p = last.clamp(min=1e-15).log() / before.clamp(1e-15, 0.5).log()
     return p.clamp(1.0, 2.0)
 
@@ -249,7 +266,7 @@ def _in_box(integrand: _Integrand, index: Tensor, radius: float, limits: _Limits
 def _on_shared_lattices(integrand: _Integrand, index: Tensor, radius: float, limits: _Limits) -> _Estimate:
     """Refine a lattice for the rows ``index`` until each is resolved or hopeless, or the lattice is at its largest."""
     estimate = _Estimate.unknown(len(index), integrand.scale)
-    convergence = _Convergence(len(index), integrand.scale)
+    convergence = _Convergence(len(index), integrand.scale, GROWTH)
     present = torch.arange(len(index), device=index.device)
     cells = COARSEST
     while len(present) and cells**integrand.dim <= limits.shared_nodes:
@@ -314,7 +331,7 @@ def _on_own_cells(integrand: _Integrand, index: Tensor, radius: float, limits: _
     """Split the cells of each of the rows ``index`` in which it may have mass, until it is resolved."""
     rows = len(index)
     estimate = _Estimate.unknown(rows, integrand.scale)
-    convergence = _Convergence(rows, integrand.scale)
+    convergence = _Convergence(rows, integrand.scale, 2.0)
     cells, width = _first_cells(integrand, index, radius, convergence)
     for _ in range(DEEPEST):
         present = torch.unique(cells.owner)
