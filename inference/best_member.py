@@ -29,6 +29,8 @@ from elbozoo.models.contract.sites import LatentSite
 
 GAIN = 1e-4
 ITERATIONS = 100
+SETTLED = 1e-6
+LEAST_RATE = 1e-3
 PATIENCE = 3
 ADAM_RATE, ADAM_BLOCK, ADAM_BLOCKS = 0.02, 50, 100
 HERMITE_NODES = {1: 24, 2: 8}
@@ -98,6 +100,30 @@ class _Normals(NamedTuple):
             torch.where(mask[:, None, None], self.precision, other.precision),
         )
 
+    def put(self, rows: Tensor, others: _Normals) -> _Normals:
+        return _Normals(self.mean.index_copy(0, rows, others.mean), self.precision.index_copy(0, rows, others.precision))
+
+
+class _State(NamedTuple):
+    normals: _Normals
+    value: Tensor
+    slope: Tensor
+    target: Tensor
+    rate: Tensor
+
+    def where(self, mask: Tensor, other: _State) -> _State:
+        return _State(
+            self.normals.where(mask, other.normals),
+            torch.where(mask, self.value, other.value),
+            torch.where(mask[:, None], self.slope, other.slope),
+            torch.where(mask[:, None, None], self.target, other.target),
+            self.rate,
+        )
+
+    def select(self, mask: Tensor) -> _State:
+        normals = _Normals(self.normals.mean[mask], self.normals.precision[mask])
+        return _State(normals, self.value[mask], self.slope[mask], self.target[mask], self.rate[mask])
+
 
 class _Search:
     def __init__(self, entry: Entry, site: LatentSite, x: Tensor, *, diagonal: bool) -> None:
@@ -114,24 +140,32 @@ class _Search:
             converged = converged and other_converged
         return torch.distributions.MultivariateNormal(best.mean, precision_matrix=best.precision), converged
 
-    def _ascend(self, current: _Normals) -> tuple[_Normals, Tensor, bool]:
-        value, slope, target = self._evaluate(current)
-        rate = torch.ones_like(value)
-        quiet = 0
+    def _ascend(self, start: _Normals) -> tuple[_Normals, Tensor, bool]:
+        """Climb from ``start``, each row at its own rate; rows that have settled cost nothing more."""
+        rows = torch.arange(len(self.x))
+        best, value = start, self.x.new_empty(len(self.x))
+        state = _State(start, *self._evaluate(start, rows), self.x.new_ones(len(self.x)))
+        value[:] = state.value
+        gain = math.inf
         for _ in range(ITERATIONS):
-            proposal, valid = _step(current, slope, target, rate)
-            new_value, new_slope, new_target = self._evaluate(proposal)
-            better = valid & (new_value > value)
-            gain = float(torch.where(better, new_value - value, torch.zeros_like(value)).mean())
-            current = proposal.where(better, current)
-            value = torch.where(better, new_value, value)
-            slope = torch.where(better[:, None], new_slope, slope)
-            target = torch.where(better[:, None, None], new_target, target)
-            rate = torch.where(better, (1.5 * rate).clamp(max=1.0), 0.4 * rate)
-            quiet = quiet + 1 if gain < GAIN / 10 else 0
-            if quiet == PATIENCE:
-                return current, value, True
-        return current, value, False
+            state, gains, settled = self._iterate(state, rows)
+            best = best.put(rows, state.normals)
+            value[rows] = state.value
+            gain = float(gains.sum()) / len(self.x)
+            rows, state = rows[~settled], state.select(~settled)
+            if len(rows) == 0:
+                break
+        return best, value, len(rows) == 0 or gain < GAIN
+
+    def _iterate(self, state: _State, rows: Tensor) -> tuple[_State, Tensor, Tensor]:
+        proposal, valid = _step(state)
+        evaluated = _State(proposal, *self._evaluate(proposal, rows), state.rate)
+        better = valid & (evaluated.value > state.value)
+        gains = torch.where(better, evaluated.value - state.value, torch.zeros_like(state.value))
+        rate = torch.where(better, (1.5 * state.rate).clamp(max=1.0), 0.4 * state.rate)
+        # A row settles when a bold step gains nothing to speak of, or no step however small gains anything.
+        settled = (better & (gains < SETTLED) & (state.rate > 0.3)) | (rate < LEAST_RATE)
+        return evaluated.where(better, state)._replace(rate=rate), gains, settled
 
     def refine(self, family: Family, values: Tensor) -> tuple[Tensor, bool]:
         """Ascend from ``values`` (N, P) by Adam on fixed nodes, lowering the step size at each standstill."""
@@ -159,10 +193,11 @@ class _Search:
             log_density = log_joint(self.entry, Batch.full(self.x), {self.site.name: z})
         return (self.weights @ log_density + q.entropy()).sum()
 
-    def _evaluate(self, q: _Normals) -> tuple[Tensor, Tensor, Tensor]:
-        rows = max(1, CHUNK_ELEMENTS // (len(self.nodes) * self.x.shape[1]))
-        spans = [slice(i, i + rows) for i in range(0, len(self.x), rows)]
-        parts = [self._evaluate_rows(self.x[s], _Normals(q.mean[s], q.precision[s])) for s in spans]
+    def _evaluate(self, q: _Normals, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        chunk = max(1, CHUNK_ELEMENTS // (len(self.nodes) * self.x.shape[1]))
+        x = self.x[rows]
+        spans = [slice(i, i + chunk) for i in range(0, len(x), chunk)]
+        parts = [self._evaluate_rows(x[s], _Normals(q.mean[s], q.precision[s])) for s in spans]
         value, slope, curvature = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         if self.diagonal:
             curvature = torch.diag_embed(curvature.diagonal(dim1=-2, dim2=-1))
@@ -195,14 +230,15 @@ def _normals(q: Distribution) -> _Normals:
     return _Normals(q.mean.detach(), precision.detach())
 
 
-def _step(current: _Normals, slope: Tensor, target: Tensor, rate: Tensor) -> tuple[_Normals, Tensor]:
-    precision = current.precision + rate[:, None, None] * (target - current.precision)
+def _step(state: _State) -> tuple[_Normals, Tensor]:
+    now, rate = state.normals, state.rate
+    precision = now.precision + rate[:, None, None] * (state.target - now.precision)
     factor, failed = torch.linalg.cholesky_ex(precision)
     # Where the curvature is not that of a maximum, keep the old precision and follow the slope alone.
-    precision = torch.where((failed > 0)[:, None, None], current.precision, precision)
-    factor = torch.where((failed > 0)[:, None, None], torch.linalg.cholesky(current.precision), factor)
-    move = torch.cholesky_solve(slope[..., None], factor)[..., 0]
-    return _Normals(current.mean + rate[:, None] * move, precision), torch.isfinite(move).all(-1)
+    precision = torch.where((failed > 0)[:, None, None], now.precision, precision)
+    factor = torch.where((failed > 0)[:, None, None], torch.linalg.cholesky(now.precision), factor)
+    move = torch.cholesky_solve(state.slope[..., None], factor)[..., 0]
+    return _Normals(now.mean + rate[:, None] * move, precision), torch.isfinite(move).all(-1)
 
 
 def gaussian_nodes(dim: int) -> tuple[Tensor, Tensor]:

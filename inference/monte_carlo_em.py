@@ -66,7 +66,6 @@ def run_monte_carlo_em(
         with progress_bar(f"{entry.name()} em", options.iterations, progress) as report, pyro.validation_enabled(False):
             for iteration in range(options.iterations):
                 before = time.perf_counter()
-                state = state._replace(log_joint=log_density(state.z).detach())
                 for _ in range(options.transitions):
                     state = transition(log_density, state)
                 objective = _maximize(log_density, state, optimizer, options.gradient_steps)
