@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from elbozoo.api import (
+    from elbozoo.api import (  # noqa: F401
         compare,
         describe,
         fit,
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
         load_fit,
         tutorial,
     )
-    from elbozoo.comparison import Comparison
-    from elbozoo.data import Dataset
-    from elbozoo.inference.fit import Fit
-    from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
+    from elbozoo.comparison import Comparison  # noqa: F401
+    from elbozoo.data import Dataset  # noqa: F401
+    from elbozoo.inference.fit import Fit  # noqa: F401
+    from elbozoo.models.contract.errors import InvalidInput, NumericalFailure  # noqa: F401
 
 _HOMES = {
     **dict.fromkeys(

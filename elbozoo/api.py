@@ -17,6 +17,7 @@ from elbozoo.inference.method import SCHEMA_TITLES, default_methods, method_name
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Entry, capabilities
 from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.options import Options
 from elbozoo.models.contract.registry import entry_names, get_entry, list_models
 from elbozoo.tutorial import write_tutorial
 
@@ -73,8 +74,10 @@ def describe(model: str) -> dict[str, Any]:
     """
     cls = get_entry(model)
     example = cls.example()
-    options = {model: cls.Options.describe()}
-    options.update({title: schema.describe() for schema, title in SCHEMA_TITLES.items()})
+    schemas: dict[str, type[Options]] = {
+        model: cls.Options,
+        **{title: schema for schema, title in SCHEMA_TITLES.items()},
+    }
     return {
         "model": model,
         "summary": cls.summary(),
@@ -83,7 +86,7 @@ def describe(model: str) -> dict[str, Any]:
         "methods": method_names(example),
         "default_methods": default_methods(example),
         "guides": guides.guide_names(example),
-        "options": options,
+        "options": {title: schema.describe() for title, schema in schemas.items()},
     }
 
 
@@ -168,9 +171,7 @@ def compare(
     chosen = list(methods) if methods is not None else default_methods(_entry_for(model, rows, options))
     if out is not None:
         writable_directory(out)
-    results = from_results(
-        run_comparison(model, rows.x, chosen, seeds, options, name=rows.name, progress=progress)
-    )
+    results = from_results(run_comparison(model, rows.x, chosen, seeds, options, name=rows.name, progress=progress))
     if out is not None:
         results.save(out)
     return results

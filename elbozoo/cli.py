@@ -1,7 +1,7 @@
 """The command line: ``elbozoo models | guides | datasets | show | fit | compare | tutorial``.
 
-Results go to standard output, progress and errors to standard error. Exit status: 0 done, 2 wrong usage or data, 1 otherwise.
-Heavy libraries are imported inside the commands, so that help is immediate.
+Results go to standard output, progress and errors to standard error. Exit status: 0 done, 2 wrong usage
+or data, 1 otherwise. Heavy libraries are imported inside the commands, so that help is immediate.
 """
 
 from __future__ import annotations
@@ -29,13 +29,23 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of an entry, as in 'elbozoo models'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 Data = Annotated[
-    str, typer.Option("--data", "-d", metavar="D", help="Name of a data set, simulate:MODEL, or a CSV or Parquet file with a header.")
+    str,
+    typer.Option(
+        "--data", "-d", metavar="D", help="Name of a data set, simulate:MODEL, or a CSV or Parquet file with a header."
+    ),
 ]
-Columns = Annotated[str | None, typer.Option("--columns", metavar="A,B", help="Columns of the file to use, separated by commas.")]
+Columns = Annotated[
+    str | None, typer.Option("--columns", metavar="A,B", help="Columns of the file to use, separated by commas.")
+]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Option of the model, guide or method; repeatable. See 'elbozoo show'.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Option of the model, guide or method; repeatable. See 'elbozoo show'."
+    ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Directory for what the run leaves behind.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", metavar="DIR", help="Directory for what the run leaves behind.")
+]
 
 TABLE_WIDTH = 150
 
@@ -69,7 +79,9 @@ def models_command(as_json: Json = False) -> None:
 
 @app.command("guides")
 def guides_command(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Show which guides fit this model, and why others do not.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Show which guides fit this model, and why others do not.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the guides, for one model or of all of them."""
@@ -100,15 +112,32 @@ def show_command(model: Model, as_json: Json = False) -> None:
     console.print(f"capabilities: {', '.join(card['capabilities'])}", markup=False)
     console.print(f"methods:      {', '.join(card['methods'])}", markup=False)
     for title, options in card["options"].items():
-        console.print(_table(f"options of {title}", ["option", "type", "default", "bounds", "description"], [list(o.values()) for o in options]))
+        console.print(
+            _table(
+                f"options of {title}",
+                ["option", "type", "default", "bounds", "description"],
+                [list(o.values()) for o in options],
+            )
+        )
 
 
 @app.command("fit")
 def fit_command(
     model: Model,
     data: Data,
-    guide: Annotated[str | None, typer.Option("--guide", "-g", metavar="G", help="Guide to fit by SVI, as in 'elbozoo guides MODEL'; mean-field by default.")] = None,
-    method: Annotated[str | None, typer.Option("--method", metavar="M", help="Instead of a guide: em, closed-form, or a guide's name.")] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option(
+            "--guide",
+            "-g",
+            metavar="G",
+            help="Guide to fit by SVI, as in 'elbozoo guides MODEL'; mean-field by default.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="M", help="Instead of a guide: em, closed-form, or a guide's name."),
+    ] = None,
     settings: Settings = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
     columns: Columns = None,
@@ -133,7 +162,13 @@ def fit_command(
         _print_json(result.document())
         return
     rows = [[name, _cell(value)] for name, value in result.table.iloc[0].items()]
-    _console().print(_table(f"{model} on {result.data['name']} by {chosen} (nats, totals over {result.data['rows']} rows)", ["figure", "value"], rows))
+    _console().print(
+        _table(
+            f"{model} on {result.data['name']} by {chosen} (nats, totals over {result.data['rows']} rows)",
+            ["figure", "value"],
+            rows,
+        )
+    )
     _print_notes(result)
 
 
@@ -141,7 +176,14 @@ def fit_command(
 def compare_command(
     model: Model,
     data: Data,
-    methods: Annotated[str | None, typer.Option("--methods", metavar="M,M", help="Methods separated by commas; by default those of em, mean-field, amortized that apply.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            metavar="M,M",
+            help="Methods separated by commas; by default those of em, mean-field, amortized that apply.",
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, counted from 0.")] = 3,
     settings: Settings = None,
     columns: Columns = None,
@@ -160,14 +202,18 @@ def compare_command(
     _print_summary(result)
     _print_notes(result)
     if out is not None:
-        typer.echo(f"written to {out}: comparison.csv, comparison.json, trajectories.csv, fits, plots, report.html", err=True)
+        typer.echo(
+            f"written to {out}: comparison.csv, comparison.json, trajectories.csv, fits, plots, report.html", err=True
+        )
 
 
 @app.command("tutorial")
 def tutorial_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PAGE", help="Page to write, ending in .md or .ipynb.")],
-    guide: Annotated[str | None, typer.Option("--guide", "-g", metavar="G", help="Guide that the page is about.")] = None,
+    guide: Annotated[
+        str | None, typer.Option("--guide", "-g", metavar="G", help="Guide that the page is about.")
+    ] = None,
 ) -> None:
     """Write a page that teaches a model and a guide, with text, plots and numbers from a run."""
     from elbozoo.api import tutorial
@@ -240,7 +286,9 @@ def _print_summary(result: Comparison) -> None:
         converged = f"{int(of_method['converged'].sum())}/{len(of_method)}"
         cells = [_mean_and_deviation(figures[name, "mean"], figures[name, "std"]) for name in shown]
         rows.append([method, *cells, kind, _cell(of_method["khat_max"].max()), converged])
-    title = f"{result.model} on {result.data['name']}: nats, totals over {result.data['rows']} rows, mean ± sd over seeds"
+    title = (
+        f"{result.model} on {result.data['name']}: nats, totals over {result.data['rows']} rows, mean ± sd over seeds"
+    )
     _console().print(_table(title, ["method", *shown.values(), "evidence", "k-hat", "converged"], rows))
 
 

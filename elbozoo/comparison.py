@@ -33,5 +33,3 @@ class Comparison(Results):
 def from_results(results: Results) -> Comparison:
     """Give the results of the inference layer their pictures."""
     return Comparison(**{name: getattr(results, name) for name in results.__dataclass_fields__})
-
-

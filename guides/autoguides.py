@@ -16,7 +16,9 @@ Constructor = Callable[[Entry, GuideOptions], autoguide.AutoGuide]
 AUTOGUIDES: dict[str, Constructor] = {
     "delta": lambda model, options: autoguide.AutoDelta(model),
     "diagonal-normal": lambda model, options: autoguide.AutoNormal(model, init_scale=options.initial_scale),
-    "full-rank-normal": lambda model, options: autoguide.AutoMultivariateNormal(model, init_scale=options.initial_scale),
+    "full-rank-normal": lambda model, options: autoguide.AutoMultivariateNormal(
+        model, init_scale=options.initial_scale
+    ),
     "low-rank-normal": lambda model, options: autoguide.AutoLowRankMultivariateNormal(
         model, init_scale=options.initial_scale, rank=options.rank
     ),

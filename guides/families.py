@@ -61,7 +61,7 @@ class Family(ABC):
         """Carry ``base`` over real vectors (..., dim) to the site's event shape and support."""
         transforms = []
         if self.site.event_shape != (self.site.dim,):
-            transforms.append(ReshapeTransform((self.site.dim,), self.site.event_shape))
+            transforms.append(ReshapeTransform(torch.Size([self.site.dim]), self.site.event_shape))
         if not self.site.is_real:
             transforms.append(biject_to(self.site.support))
         return dist.TransformedDistribution(base, transforms) if transforms else base
@@ -228,4 +228,3 @@ def _as_normal(posterior: Distribution, site: LatentSite) -> torch.distributions
 
 def _log_scales(dim: int, options: GuideOptions) -> Tensor:
     return torch.full((dim,), math.log(options.initial_scale))
-

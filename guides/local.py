@@ -63,7 +63,9 @@ class ExactGuide(Guide):
     def distributions(self, batch: Batch) -> dict[str, Distribution]:
         """p(z given x): batch shape (B,) for local latents; a global latent needs the full batch."""
         if not self._site.is_local and len(batch.x) != batch.total:
-            raise ValueError(f"the exact posterior of a global latent needs all {batch.total} rows, found {len(batch.x)}")
+            raise ValueError(
+                f"the exact posterior of a global latent needs all {batch.total} rows, found {len(batch.x)}"
+            )
         return {self._site.name: self._entry[0].posterior(batch.x)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

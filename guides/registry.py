@@ -112,9 +112,7 @@ def _expand_alias(name: str, sites: list[LatentSite]) -> str:
 def _local_refusal(sites: list[LatentSite], family: str, source: str) -> str | None:
     for site in sites:
         if not site.is_local:
-            return (
-                f"the latent {site.name!r} is one for the whole data set, so there is no q per datum to be {source}"
-            )
+            return f"the latent {site.name!r} is one for the whole data set, so there is no q per datum to be {source}"
         if reason := FAMILIES[family].refusal(site):
             return reason
     return None
@@ -124,7 +122,10 @@ def _global_refusal(sites: list[LatentSite], name: str) -> str | None:
     for site in sites:
         if site.is_local:
             instead = name if name in FAMILIES else "diagonal-normal"
-            return f"the latent {site.name!r} is local, one per datum, so say whose parameters, as in free-{instead} or amortized-{instead}"
+            return (
+                f"the latent {site.name!r} is local, one per datum, so say whose parameters, "
+                f"as in free-{instead} or amortized-{instead}"
+            )
         if site.is_discrete:
             return f"the latent {site.name!r} takes {site.cardinality} values, and {name} is a family over real vectors"
     return None

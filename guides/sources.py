@@ -40,8 +40,8 @@ class Free(nn.Module):
         """
         if batch.total != len(self.values):
             raise InvalidInput(
-                f"found {batch.total} rows, expected the {len(self.values)} rows of the fit: a free guide has one q for each of "
-                "those and none for others; use an amortized guide for new data"
+                f"found {batch.total} rows, expected the {len(self.values)} rows of the fit: a free guide has one q "
+                "for each of those and none for others; use an amortized guide for new data"
             )
         return self.values[batch.index]
 
@@ -51,6 +51,8 @@ class Amortized(nn.Module):
 
     def __init__(self, start: Tensor, x: Tensor, options: GuideOptions) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.scale: Tensor
         scale = x.std(0, correction=0)
         self.register_buffer("mean", x.mean(0))
         self.register_buffer("scale", torch.where(scale > 0, scale, torch.ones_like(scale)))

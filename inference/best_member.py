@@ -83,7 +83,7 @@ def best_member(
 def _with_values(guide: LocalGuide, values: Tensor) -> LocalGuide:
     (source,) = guide.sources.values()
     with torch.no_grad():
-        source.values.copy_(values)  # type: ignore[operator,union-attr]
+        source.values.copy_(values)  # type: ignore[operator]
     return guide
 
 
@@ -101,7 +101,9 @@ class _Normals(NamedTuple):
         )
 
     def put(self, rows: Tensor, others: _Normals) -> _Normals:
-        return _Normals(self.mean.index_copy(0, rows, others.mean), self.precision.index_copy(0, rows, others.precision))
+        return _Normals(
+            self.mean.index_copy(0, rows, others.mean), self.precision.index_copy(0, rows, others.precision)
+        )
 
 
 class _State(NamedTuple):
@@ -176,7 +178,7 @@ class _Search:
             for _ in range(ADAM_BLOCK):
                 optimizer.zero_grad()
                 loss = -self._objective(family.distribution(values))
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
             objective = -float(loss.detach())
             if objective - best < GAIN * len(self.x):
@@ -211,7 +213,9 @@ class _Search:
         with isolated(0):
             log_density = log_joint(self.entry, Batch.full(x), {self.site.name: shaped})
         (slopes,) = torch.autograd.grad(log_density.sum(), z)
-        entropy = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * self.site.dim * (1 + math.log(2 * math.pi))
+        entropy = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * self.site.dim * (
+            1 + math.log(2 * math.pi)
+        )
         slope = torch.einsum("s,sni->ni", self.weights, slopes)
         curvature = q.precision @ torch.einsum("s,sni,snj->nij", self.weights, offsets, slopes)
         return self.weights @ log_density.detach() + entropy, slope, (curvature + curvature.mT) / 2
@@ -253,7 +257,7 @@ def gaussian_nodes(dim: int) -> tuple[Tensor, Tensor]:
         mass = np.prod(np.stack(np.meshgrid(*[weights] * dim, indexing="ij"), -1), -1).reshape(-1)
         return torch.from_numpy(grid), torch.from_numpy(mass / mass.sum())
     half = norm.ppf(qmc.Sobol(dim, seed=0).random(max(SOBOL_NODES // 2, 2 ** math.ceil(math.log2(2 * dim)))))
-    points = torch.from_numpy(np.concatenate([half, -half]))
-    factor = torch.linalg.cholesky(points.mT @ points / len(points))
-    points = torch.linalg.solve_triangular(factor, points.mT, upper=False).mT
-    return points, torch.full((len(points),), 1 / len(points), dtype=points.dtype)
+    symmetric = torch.from_numpy(np.concatenate([half, -half]))
+    factor = torch.linalg.cholesky(symmetric.mT @ symmetric / len(symmetric))
+    white = torch.linalg.solve_triangular(factor, symmetric.mT, upper=False).mT
+    return white, torch.full((len(white),), 1 / len(white), dtype=white.dtype)

@@ -88,7 +88,7 @@ class Comparison:
         return {"model": self.model, "data": self.data, "rows": rows}
 
     def save(self, directory: str | Path) -> Path:
-        """Write ``comparison.csv``, ``comparison.json``, ``trajectories.csv`` and every fit, and return the directory."""
+        """Write the table, the JSON document, the trajectories and every fit; return the directory."""
         folder = writable_directory(directory)
         self.table.to_csv(folder / "comparison.csv", index=False)
         document = {**self.document(), "options": self.options}

@@ -71,11 +71,13 @@ class MonotoneMonitor:
         """
         step = len(self.history)
         if not abs(log_evidence) < float("inf"):
-            raise NumericalFailure(f"EM iteration {step}: log p(x) is {log_evidence}; standardise the columns or use fewer components")
+            raise NumericalFailure(
+                f"EM iteration {step}: log p(x) is {log_evidence}; standardise the columns or use fewer components"
+            )
         if self.history and log_evidence < self.history[-1] - MONOTONE_SLACK * max(self.rows, abs(log_evidence)):
             raise NumericalFailure(
-                f"EM iteration {step}: log p(x) fell from {self.history[-1]!r} to {log_evidence!r}, which EM never does: "
-                "the E or M step of this entry is wrong or has lost its precision; standardise the columns"
+                f"EM iteration {step}: log p(x) fell from {self.history[-1]!r} to {log_evidence!r}, which EM never "
+                "does: the E or M step of this entry is wrong or has lost its precision; standardise the columns"
             )
         self.history.append(log_evidence)
         return len(self.history) >= 3 and self.remaining() < self.tolerance * self.rows

@@ -21,7 +21,9 @@ RESTARTS_OF_MIXTURES = 10
 class EMOptions(Options):
     """Options of EM."""
 
-    restarts: int | None = Field(None, ge=1, description="starts, of which the best is kept; none takes 10 for discrete latents, else 1")
+    restarts: int | None = Field(
+        None, ge=1, description="starts, of which the best is kept; none takes 10 for discrete latents, else 1"
+    )
     iterations: int = Field(10_000, ge=1, description="most iterations of each start")
     tolerance: float = Field(1e-7, gt=0, description="gain still to come, nats per datum, at which EM has converged")
     chunk: int = Field(65_536, ge=1, description="rows in a chunk of the E step")
@@ -90,15 +92,16 @@ def _one_start(entry: Entry, x: Tensor, options: EMOptions) -> EMRun:
                 converged = monitor.update(log_evidence)
                 if not converged:
                     entry.maximize(statistics)
-                # After an E step the bound touches the evidence: the three are one number.
-                trajectory.rows.append((len(trajectory.rows), time.perf_counter() - before, *[log_evidence] * 3))
+                trajectory.record_exact(time.perf_counter() - before, log_evidence)
                 if converged:
                     break
         except KeyboardInterrupt:
             interrupted = True
     state = {name: value.clone() for name, value in entry.state_dict().items()}
     degeneracy = entry.degeneracy(x) if hasattr(entry, "degeneracy") else None
-    return EMRun(state, monitor.history[-1] if monitor.history else float("-inf"), trajectory, converged, interrupted, degeneracy)
+    return EMRun(
+        state, monitor.history[-1] if monitor.history else float("-inf"), trajectory, converged, interrupted, degeneracy
+    )
 
 
 def _rank(run: EMRun) -> tuple[bool, float]:

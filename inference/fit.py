@@ -29,6 +29,25 @@ from elbozoo.models.contract.isolation import isolated
 EVALUATION_STREAM = 7_919  # keeps the draws of an evaluation apart from those of the fit with the same seed
 
 
+def provenance() -> dict[str, str]:
+    """Return versions of the libraries, the platform and the number of threads."""
+    packages = ("elbozoo", "torch", "pyro-ppl", "numpy", "scipy", "scikit-learn", "arviz")
+    versions = {name: _version(name) for name in packages}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 @dataclass(frozen=True)
 class Fit:
     """The result of fitting one model by one method; owns its model and its guide, in float64.
@@ -81,7 +100,7 @@ class Fit:
     guide_options: GuideOptions
     rows: int
     notes: list[str] = field(default_factory=list)
-    provenance: dict[str, str] = field(default_factory=lambda: provenance())
+    provenance: dict[str, str] = field(default_factory=provenance)
     x: Tensor | None = None
 
     @property
@@ -133,7 +152,9 @@ class Fit:
         with isolated(self._stream), torch.no_grad():
             batch = Batch.full(self._rows(x))
             if not self.guide.is_local:
-                raise InvalidInput(f"{self.model} has one latent for the whole data set, so rows have none of their own to return")
+                raise InvalidInput(
+                    f"{self.model} has one latent for the whole data set, so rows have none of their own to return"
+                )
             (q,) = self.guide.distributions(batch).values()
             if isinstance(q, torch.distributions.Categorical):
                 return q.probs
@@ -144,7 +165,9 @@ class Fit:
         """Return log p(x_n) of each row, (N,), nats: exact, by quadrature or estimated as the entry allows."""
         evidence = self.log_evidence(x)
         if evidence is None or evidence.per_datum is None:
-            raise InvalidInput(f"{self.model} with {self.method} gives no evidence per row; use log_evidence() for the total")
+            raise InvalidInput(
+                f"{self.model} with {self.method} gives no evidence per row; use log_evidence() for the total"
+            )
         return evidence.per_datum
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
@@ -194,17 +217,3 @@ def closed_form_evidence(entry: Entry, x: Tensor) -> float:
     with torch.no_grad():
         best.fit_exact(x)
         return float(best.log_evidence(x).sum())
-
-
-def provenance() -> dict[str, str]:
-    """Return versions of the libraries, the platform and the number of threads."""
-    packages = ("elbozoo", "torch", "pyro-ppl", "numpy", "scipy", "scikit-learn", "arviz")
-    versions = {name: _version(name) for name in packages}
-    return {**versions, "python": platform.python_version(), "platform": platform.platform(), "threads": str(torch.get_num_threads())}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -43,7 +43,9 @@ def inference_data(entry: Entry, guide: Guide, x: Tensor, draws: int, seed: int)
     dims = {site.name: _dims(site) for site in sites}
     return arviz.from_dict(
         posterior={site.name: _chain(guide_trace.nodes[site.name]["value"], site, draws, len(x)) for site in sites},
-        posterior_predictive={OBSERVED_SITE: replicated.nodes[OBSERVED_SITE]["value"].expand(draws, *x.shape).numpy()[None]},
+        posterior_predictive={
+            OBSERVED_SITE: replicated.nodes[OBSERVED_SITE]["value"].expand(draws, *x.shape).numpy()[None]
+        },
         log_likelihood={OBSERVED_SITE: log_likelihood.numpy()[None]},
         prior={site.name: _chain(prior.nodes[site.name]["value"], site, draws, len(x)) for site in sites},
         observed_data={OBSERVED_SITE: x.numpy()},

@@ -1,6 +1,6 @@
 """The ledger of a fit: how far its bound is from the truth, and why.
 
-    best log p(x) = ELBO + amortization gap + approximation gap + learning gap
+best log p(x) = ELBO + amortization gap + approximation gap + learning gap
 """
 
 from __future__ import annotations

@@ -28,7 +28,12 @@ from elbozoo.models.contract.options import Options
 from elbozoo.models.contract.registry import get_entry
 
 SCHEMAS: tuple[type[Options], ...] = (GuideOptions, TrainingOptions, EMOptions, MonteCarloEMOptions)
-SCHEMA_TITLES = {GuideOptions: "guide", TrainingOptions: "SVI", EMOptions: "EM", MonteCarloEMOptions: "Monte Carlo EM"}
+SCHEMA_TITLES: dict[type[Options], str] = {
+    GuideOptions: "guide",
+    TrainingOptions: "SVI",
+    EMOptions: "EM",
+    MonteCarloEMOptions: "Monte Carlo EM",
+}
 POSTERIOR_FAMILY = "full-rank-normal"
 
 
@@ -126,7 +131,10 @@ def resolve_method(name: str, entry: Entry) -> str:
     refusals = _refusals(entry)
     if name in refusals:
         if refusals[name] is not None:
-            raise InvalidInput(f"method {name!r} does not apply to {entry.name()}: {refusals[name]}; methods that do: {', '.join(method_names(entry))}")
+            raise InvalidInput(
+                f"method {name!r} does not apply to {entry.name()}: {refusals[name]}; "
+                f"methods that do: {', '.join(method_names(entry))}"
+            )
         return name
     if name not in ALL_NAMES:
         raise unknown_name("method", name, [*refusals, *ALL_NAMES])
@@ -137,7 +145,10 @@ def _refusals(entry: Entry) -> dict[str, str | None]:
     site = entry.latent_sites()[0]
     em = None
     if not isinstance(entry, SupportsEM) and not (site.is_local and site.is_real and list(entry.parameters())):
-        em = "it has no E and M step in closed form, and Monte Carlo EM needs a continuous latent per datum and parameters to learn"
+        em = (
+            "it has no E and M step in closed form, and Monte Carlo EM needs a continuous latent per datum "
+            "and parameters to learn"
+        )
     closed = None if isinstance(entry, HasClosedForm) else "no closed form of its maximum is known"
     return {"em": em, "closed-form": closed}
 
@@ -173,7 +184,9 @@ def _run_guide(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -
     result = run_svi(entry, guide, objective, batch, options, progress=progress)
     guide.finalize(batch)
     seconds = time.perf_counter() - before
-    return _fit(plan, entry, guide, seed, objective.name, result.trajectory, seconds, result.converged, result.interrupted)
+    return _fit(
+        plan, entry, guide, seed, objective.name, result.trajectory, seconds, result.converged, result.interrupted
+    )
 
 
 def _run_em(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
@@ -196,7 +209,9 @@ def _run_monte_carlo_em(plan: Plan, entry: Entry, x: Tensor, seed: int, progress
     assert best is not None
     seconds = time.perf_counter() - before
     notes = ["q is the full-rank normal of each datum that is closest to its posterior"]
-    return _fit(plan, entry, best.guide, seed, "E[log p(x, z)]", run.trajectory, seconds, run.converged, run.interrupted, notes)
+    return _fit(
+        plan, entry, best.guide, seed, "E[log p(x, z)]", run.trajectory, seconds, run.converged, run.interrupted, notes
+    )
 
 
 def _run_closed_form(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
@@ -206,7 +221,7 @@ def _run_closed_form(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: b
     seconds = time.perf_counter() - before
     trajectory = Trajectory(is_elbo=True)
     with torch.no_grad():
-        trajectory.rows.append((0, seconds, *[float(entry.log_evidence(x).sum())] * 3))
+        trajectory.record_exact(seconds, float(entry.log_evidence(x).sum()))
     return _fit(plan, entry, build_guide("exact", entry, x), seed, "log p(x)", trajectory, seconds, True, False)
 
 

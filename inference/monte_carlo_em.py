@@ -94,7 +94,7 @@ def _maximize(
     for step in range(steps):
         optimizer.zero_grad()
         loss = -log_density(state.z).mean(0).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         objective = -float(loss.detach()) if step == 0 else objective
     return objective

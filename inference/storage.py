@@ -35,7 +35,9 @@ def save_fit(fit: Fit, directory: str | Path) -> Path:
         For a program of the user's, which only its own code can rebuild, or a directory that cannot be written.
     """
     if isinstance(fit.entry, Program):
-        raise InvalidInput("found a program of your own, expected an entry of the zoo: save fit.entry.state_dict() beside your code")
+        raise InvalidInput(
+            "found a program of your own, expected an entry of the zoo: save fit.entry.state_dict() beside your code"
+        )
     folder = writable_directory(directory)
     save_file(_tensors(fit.entry), folder / MODEL)
     save_file(_tensors(fit.guide), folder / GUIDE)
@@ -56,12 +58,18 @@ def read_fit(directory: str | Path) -> dict[str, Any]:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         if card["format"] != FORMAT:
-            raise InvalidInput(f"{folder}: found a fit of format {card['format']}, expected {FORMAT}: fit again with this version")
+            raise InvalidInput(
+                f"{folder}: found a fit of format {card['format']}, expected {FORMAT}: fit again with this version"
+            )
         return _restore(card, folder)
     except FileNotFoundError as error:
-        raise InvalidInput(f"{folder}: found no file {Path(error.filename).name}, expected a directory written by Fit.save") from None
+        raise InvalidInput(
+            f"{folder}: found no file {Path(error.filename).name}, expected a directory written by Fit.save"
+        ) from None
     except (json.JSONDecodeError, KeyError, SafetensorError, RuntimeError) as error:
-        raise InvalidInput(f"{folder}: the saved fit is damaged ({str(error).splitlines()[0]}); expected files as Fit.save wrote them") from None
+        raise InvalidInput(
+            f"{folder}: the saved fit is damaged ({str(error).splitlines()[0]}); expected files as Fit.save wrote them"
+        ) from None
 
 
 def writable_directory(directory: str | Path) -> Path:
@@ -79,7 +87,9 @@ def writable_directory(directory: str | Path) -> Path:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise InvalidInput(f"output directory {folder}: {error.strerror or error}; choose one that can be written to") from None
+        raise InvalidInput(
+            f"output directory {folder}: {error.strerror or error}; choose one that can be written to"
+        ) from None
     return folder
 
 
@@ -116,7 +126,19 @@ def _restore(card: dict[str, Any], folder: Path) -> dict[str, Any]:
         if card["guide"] == "laplace":
             guide.finalize(Batch.full(x))
     guide.load_state_dict(load_file(folder / GUIDE))
-    kept = ("model", "method", "seed", "objective", "seconds", "converged", "interrupted", "options", "rows", "notes", "provenance")
+    kept = (
+        "model",
+        "method",
+        "seed",
+        "objective",
+        "seconds",
+        "converged",
+        "interrupted",
+        "options",
+        "rows",
+        "notes",
+        "provenance",
+    )
     return {
         **{key: card[key] for key in kept},
         "entry": entry,

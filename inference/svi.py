@@ -31,13 +31,19 @@ DECAY = 0.3
 class TrainingOptions(Options):
     """Options of stochastic variational inference."""
 
-    objective: str = Field("auto", description="elbo, elbo-analytic, elbo-enumerated; auto enumerates a discrete latent")
+    objective: str = Field(
+        "auto", description="elbo, elbo-analytic, elbo-enumerated; auto enumerates a discrete latent"
+    )
     steps: int = Field(10_000, ge=1, description="most gradient steps")
     batch_size: int | None = Field(None, ge=1, description="rows in a minibatch; none chooses by the data's size")
     learning_rate: float = Field(0.01, gt=0, description="Adam's step size at the start")
     schedule: Literal["plateau", "cosine", "constant"] = Field("plateau", description="how the step size falls")
-    particles: int | None = Field(None, ge=1, description="draws of z per step; none takes 10 in float64 and 1 in float32")
-    clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient per datum; none does not clip")
+    particles: int | None = Field(
+        None, ge=1, description="draws of z per step; none takes 10 in float64 and 1 in float32"
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="largest norm of the gradient per datum; none does not clip"
+    )
     tolerance: float = Field(1e-4, gt=0, description="gain per 100 steps, nats per datum, that counts as a plateau")
 
 
@@ -56,7 +62,9 @@ class Step(Protocol):
 class PyroStep:
     """Pyro's differentiable ELBO and PyTorch's Adam."""
 
-    def __init__(self, entry: Entry, guide: Guide, objective: Objective, particles: int, options: TrainingOptions) -> None:
+    def __init__(
+        self, entry: Entry, guide: Guide, objective: Objective, particles: int, options: TrainingOptions
+    ) -> None:
         self.loss = objective.build(particles)(entry, guide)
         self.clip_norm = options.clip_norm
         self.learning_rate = options.learning_rate

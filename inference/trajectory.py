@@ -42,6 +42,10 @@ class Trajectory:
             self._next = step + 1 if step < DENSE_STEPS else math.ceil(step * RATIO)
         self.rows.append((step, seconds, objective, objective if self.is_elbo else math.nan, evidence))
 
+    def record_exact(self, seconds: float, log_evidence: float) -> None:
+        """Add one step after which the bound touches the evidence: objective, ELBO and log p(x) are one number."""
+        self.rows.append((len(self.rows), seconds, log_evidence, log_evidence, log_evidence))
+
     def frame(self) -> pd.DataFrame:
         """Return the record as a table with the columns step, seconds, objective, elbo, log_evidence."""
         return pd.DataFrame(self.rows, columns=COLUMNS)

@@ -81,7 +81,7 @@ def log_joint(entry: Entry, batch: Batch, values: Mapping[str, Tensor]) -> Tenso
         trace = poutine.trace(poutine.condition(entry, data=dict(values))).get_trace(batch)
     trace.compute_log_prob()
     terms = [node["unscaled_log_prob"] for node in trace.nodes.values() if _is_weighed(node)]
-    return sum(terms).expand(particles, len(batch.x))  # type: ignore[union-attr]
+    return sum(terms).expand(particles, len(batch.x))
 
 
 def _local_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) -> Weights:

@@ -5,7 +5,8 @@ in PPCA the answer does not depend on the units of the columns, and the maximum 
 closed form: EM has to look for it.
 
 $$
-z_n \sim \mathcal N(0, I_K), \qquad x_n \mid z_n \sim \mathcal N(W z_n + \mu,\ \Psi), \quad \Psi = \operatorname{diag}(\psi_1, \dots, \psi_D)
+z_n \sim \mathcal N(0, I_K), \qquad x_n \mid z_n \sim \mathcal N(W z_n + \mu,\ \Psi), \quad
+\Psi = \operatorname{diag}(\psi_1, \dots, \psi_D)
 $$
 
 The evidence is $p(x) = \mathcal N(\mu, W W^\top + \Psi)$, and the posterior is
@@ -82,19 +83,19 @@ class FactorAnalysis(Entry):
         self.register_buffer("unit", torch.ones(columns))
 
     @classmethod
-    def check_data(cls, x: Tensor, options: FactorAnalysisOptions) -> None:  # type: ignore[override]
+    def check_data(cls, x: Tensor, options: FactorAnalysisOptions) -> None:
         """Refuse constant columns, and more factors than rows or columns allow."""
         constant = torch.nonzero(x.var(0, correction=0) == 0).flatten().tolist()
         if constant:
             raise InvalidInput(
-                f"columns {[c + 1 for c in constant]} (counted from 1) are constant, expected columns that vary: without "
-                "variance a column's noise is zero and the likelihood unbounded; leave them out with --columns"
+                f"columns {[c + 1 for c in constant]} (counted from 1) are constant, expected columns that vary: "
+                "without variance a column's noise is zero and the likelihood unbounded; leave them out with --columns"
             )
         most = min(x.shape[1], len(x)) - 1
         if options.latent_dim > most:
             raise InvalidInput(
-                f"option latent_dim: found {options.latent_dim} for {len(x)} rows x {x.shape[1]} columns, expected at most {most}: fewer "
-                "factors than columns and rows"
+                f"option latent_dim: found {options.latent_dim} for {len(x)} rows x {x.shape[1]} columns, expected "
+                f"at most {most}: fewer factors than columns and rows"
             )
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:

@@ -11,10 +11,11 @@ $$
 $\log p(x) = \log \sum_k \pi_k \mathcal N(x; \mu_k, \Sigma_k)$, and the posterior's probabilities are the
 responsibilities $r_{nk} \propto \pi_k \mathcal N(x_n; \mu_k, \Sigma_k)$.
 
-The likelihood of a mixture is unbounded: a component that sits on one datum, or on a few that lie in a plane, can shrink without end.
-So a floor is part of the model: in units of the data's standard deviation per column, no component's variance is below `floor` in
-any direction. A component that rests on the floor, or on too few rows to span the space, is reported as
-collapsed, and among restarts a fit without one is preferred.
+The likelihood of a mixture is unbounded: a component that sits on one datum, or on a few that lie in a
+plane, can shrink without end. So a floor is part of the model: in units of the data's standard deviation
+per column, no component's variance is below `floor` in any direction. A component that rests on the floor,
+or on too few rows to span the space, is reported as collapsed, and among restarts a fit without one is
+preferred.
 
 What goes wrong: local maxima (use `restarts`), collapsed components, and labels that carry no order: the
 same mixture has $K!$ names.
@@ -65,7 +66,10 @@ class GaussianMixtureOptions(Options):
     components: int = Field(3, ge=1, description="number K of components")
     covariance: Literal["full", "tied", "diagonal", "spherical"] = Field("full", description="shape of the covariances")
     floor: float = Field(
-        1e-6, gt=0, lt=1, description="least variance of a component, in any direction, as a share of the columns' variance"
+        1e-6,
+        gt=0,
+        lt=1,
+        description="least variance of a component, in any direction, as a share of the columns' variance",
     )
 
 
@@ -120,11 +124,12 @@ class GaussianMixture(Entry):
         self.register_buffer("unit", torch.ones(columns))
 
     @classmethod
-    def check_data(cls, x: Tensor, options: GaussianMixtureOptions) -> None:  # type: ignore[override]
+    def check_data(cls, x: Tensor, options: GaussianMixtureOptions) -> None:
         """Refuse more components than rows, and columns in which every covariance would be singular."""
         if options.components > len(x):
             raise InvalidInput(
-                f"option components: found {options.components} for {len(x)} rows, expected at most one component per row"
+                f"option components: found {options.components} for {len(x)} rows, "
+                "expected at most one component per row"
             )
         constant = torch.nonzero(x.var(0, correction=0) == 0).flatten().tolist()
         if constant and (options.covariance != "spherical" or len(constant) == x.shape[1]):
@@ -215,7 +220,8 @@ class GaussianMixture(Entry):
             collapsed = (least < 2 * self.options.floor) | (counts < needed)
         if not collapsed.any():
             return None
-        return f"components {torch.nonzero(collapsed).flatten().tolist()} collapsed (on the floor, or fewer than {needed} rows)"
+        names = torch.nonzero(collapsed).flatten().tolist()
+        return f"components {names} collapsed (on the floor, or fewer than {needed} rows)"
 
     def _component(self, mean: Tensor, scale: Tensor, z: Tensor) -> dist.Distribution:
         if self.kind.has_scale_tril:

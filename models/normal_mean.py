@@ -31,7 +31,6 @@ from __future__ import annotations
 import math
 
 import pyro
-import torch
 from pyro import distributions as dist
 from torch import Tensor
 

@@ -80,13 +80,13 @@ class PPCA(Entry):
         self.noise_scale = PyroParam(torch.tensor(1.0), constraints.positive)
 
     @classmethod
-    def check_data(cls, x: Tensor, options: PPCAOptions) -> None:  # type: ignore[override]
+    def check_data(cls, x: Tensor, options: PPCAOptions) -> None:
         """Refuse more latent dimensions than the data's rank allows."""
         rank = int(torch.linalg.matrix_rank(x - x.mean(0)))
         if options.latent_dim >= rank:
             raise InvalidInput(
-                f"option latent_dim: found {options.latent_dim} for {len(x)} rows x {x.shape[1]} columns whose centred rank is "
-                f"{rank}, expected at most {rank - 1}: with more the noise vanishes and the likelihood is unbounded"
+                f"option latent_dim: found {options.latent_dim} for {len(x)} rows x {x.shape[1]} columns "
+                f"whose centred rank is {rank}, expected at most {rank - 1}: with more the noise vanishes and the likelihood is unbounded"
             )
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:

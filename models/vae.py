@@ -15,10 +15,10 @@ the start and are no part of θ: the network works in units of the columns, so r
 will do, and the one learned noise scale $\sigma$ is a share of each column's standard deviation (a constant column
 has $s_d = 1$). The densities are those of the raw columns.
 
-The evidence $p(x) = \int p(x \mid z)\, \mathcal N(z; 0, I)\, dz$ has no closed form, but with $K \le 2$ it is an integral
-over a line or a plane, which quadrature does to many digits with an error estimate. The trapezoid rule converges
-faster than any power of its spacing for smooth integrands, hence the default `activation = tanh`; `relu` has kinks and
-costs more nodes for fewer digits.
+The evidence $p(x) = \int p(x \mid z)\, \mathcal N(z; 0, I)\, dz$ has no closed form, but with $K \le 2$ it is an
+integral over a line or a plane, which quadrature does to many digits with an error estimate. The trapezoid rule
+converges faster than any power of its spacing for smooth integrands, hence the default `activation = tanh`; `relu` has
+kinks and costs more nodes for fewer digits.
 
 What goes wrong: *posterior collapse*, where latent dimensions are left unused, so that $q(z \mid x)$ is the prior,
 because a local maximum of the ELBO says so or because the noise explains the rest
@@ -74,7 +74,7 @@ class VAEOptions(Options):
         "bernoulli", description="of each column: of zeros and ones, or of numbers with a learned noise scale"
     )
     noise_floor: float = Field(
-        0.01, ge=0, lt=1, description="least noise scale under likelihood=normal, as a share of each column's standard deviation"
+        0.01, ge=0, lt=1, description="least noise scale under likelihood=normal, in standard deviations of the columns"
     )
 
 
@@ -111,7 +111,7 @@ class VAE(Entry):
             self.noise_scale = PyroParam(torch.tensor(1.0), constraints.greater_than(options.noise_floor))
 
     @classmethod
-    def check_data(cls, x: Tensor, options: VAEOptions) -> None:  # type: ignore[override]
+    def check_data(cls, x: Tensor, options: VAEOptions) -> None:
         """Refuse more latent dimensions than rows or columns allow, and under Bernoulli all but zeros and ones."""
         rows, columns = x.shape
         if options.latent_dim > min(rows - 1, columns):
@@ -150,7 +150,7 @@ class VAE(Entry):
 
     def forward(self, batch: Batch) -> Tensor:
         """z (B, K) ~ N(0, I); x (B, D) ~ the likelihood at decoder(z)."""
-        zeros = self.decoder[0].weight.new_zeros(self.options.latent_dim)
+        zeros = self._linear_layers()[0].weight.new_zeros(self.options.latent_dim)
         with pyro.plate("data", batch.total, subsample=batch.index):
             z = pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1))
             return pyro.sample("x", self._columns_given(z).to_event(1), obs=batch.x)
@@ -192,8 +192,8 @@ def _check_binary(x: Tensor) -> None:
     if len(strange):
         row, column = strange[0].tolist()
         raise InvalidInput(
-            f"likelihood=bernoulli: found {x[row, column].item():g} in column {column}, row {row} (counted from 0), expected "
-            "only 0 and 1; set likelihood=normal, or bring data of zeros and ones such as digits-binary"
+            f"likelihood=bernoulli: found {x[row, column].item():g} in column {column}, row {row} (counted from 0), "
+            "expected only 0 and 1; set likelihood=normal, or bring data of zeros and ones such as digits-binary"
         )
 
 

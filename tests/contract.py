@@ -61,5 +61,3 @@ def prior_draw(entry: Entry, batch: Batch, seed: int) -> dict[str, Tensor]:
     with isolated(seed), torch.no_grad(), pyro.validation_enabled(True):
         trace = poutine.trace(entry).get_trace(batch)
     return {name: trace.nodes[name]["value"].detach() for name in names}
-
-

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     """
 
     x: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's own index() is not needed here
     total: int
 
     @classmethod

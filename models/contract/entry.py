@@ -15,8 +15,8 @@ from torch.distributions import Distribution
 
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.errors import InvalidInput
-from elbozoo.models.contract.options import Options
 from elbozoo.models.contract.isolation import isolated, private_parameters
+from elbozoo.models.contract.options import Options as BaseOptions
 from elbozoo.models.contract.sites import OBSERVED_SITE, LatentSite, latent_sites, stochastic_nodes
 
 
@@ -38,11 +38,11 @@ class Entry(PyroModule):
         Number of columns of simulated data sets.
     """
 
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[BaseOptions]] = BaseOptions
     dtype: ClassVar[torch.dtype] = torch.float64
     example_columns: ClassVar[int] = 5
 
-    def __init__(self, options: Options, columns: int) -> None:
+    def __init__(self, options: BaseOptions, columns: int) -> None:
         with private_parameters():
             super().__init__()
         self.options = options
@@ -64,7 +64,7 @@ class Entry(PyroModule):
         return inspect.getdoc(inspect.getmodule(cls)) or ""
 
     @classmethod
-    def check_data(cls, x: Tensor, options: Options) -> None:
+    def check_data(cls, x: Tensor, options: Any) -> None:
         """Refuse data that this entry cannot be fitted to.
 
         Raises
@@ -225,9 +225,11 @@ class Program(Entry):
     """
 
     def __init__(self, program: Callable[[Batch], Any], columns: int) -> None:
-        super().__init__(Options(), columns)
+        super().__init__(BaseOptions(), columns)
         if not callable(program):
-            raise InvalidInput(f"found a {type(program).__name__} as model; expected an entry's name or a callable model(batch)")
+            raise InvalidInput(
+                f"found a {type(program).__name__} as model; expected an entry's name or a callable model(batch)"
+            )
         self.program = program
 
     def forward(self, batch: Batch) -> Tensor:

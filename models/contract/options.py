@@ -62,7 +62,9 @@ def type_name(field: FieldInfo) -> str:
 def bounds(field: FieldInfo) -> str:
     """Readable bounds of an option, such as ``>= 1``; empty where it has none."""
     symbols = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    found = [f"{symbol} {getattr(m, key)}" for m in field.metadata for key, symbol in symbols.items() if hasattr(m, key)]
+    found = [
+        f"{symbol} {getattr(m, key)}" for m in field.metadata for key, symbol in symbols.items() if hasattr(m, key)
+    ]
     return ", ".join(found)
 
 

@@ -52,7 +52,9 @@ def entry_of(module_name: str, namespace: dict[str, object]) -> type[Entry]:
     wanted = stem.replace("_", "")
     if len(found) != 1 or found[0].__name__.lower() != wanted:
         names = [cls.__name__ for cls in found]
-        raise ImportError(f"{module_name} defines the entries {names}; expected exactly one, named like its file {stem}.py")
+        raise ImportError(
+            f"{module_name} defines the entries {names}; expected exactly one, named like its file {stem}.py"
+        )
     if not (namespace.get("__doc__") or "").strip():  # type: ignore[attr-defined]
         raise ImportError(f"{module_name} has no docstring; expected the entry's page: story, equations, references")
     return found[0]
@@ -65,11 +67,12 @@ def list_models() -> pd.DataFrame:
         entry = get_entry(name)
         example = entry.example()
         site = example.latent_sites()[0]
+        scope, kind = ("local" if site.is_local else "global"), ("discrete" if site.is_discrete else "continuous")
         rows.append(
             {
                 "model": name,
                 "summary": entry.summary(),
-                "latent": f"{'local' if site.is_local else 'global'} {'discrete' if site.is_discrete else 'continuous'}",
+                "latent": f"{scope} {kind}",
                 "capabilities": ", ".join(capabilities(example)),
             }
         )

@@ -81,7 +81,9 @@ def latent_sites(program: Callable[[Batch], Any], batch: Batch) -> list[LatentSi
             "expected torch.nn.Parameter or PyroParam attributes of a PyroModule"
         )
     if OBSERVED_SITE not in trace.observation_nodes:
-        raise InvalidInput(f"the program observes {trace.observation_nodes}, expected an observed site {OBSERVED_SITE!r}")
+        raise InvalidInput(
+            f"the program observes {trace.observation_nodes}, expected an observed site {OBSERVED_SITE!r}"
+        )
     sites = [_latent_site(name, node) for name, node in stochastic_nodes(trace)]
     if not sites:
         raise InvalidInput("the program has no latent site; expected at least one pyro.sample without obs=")

@@ -57,9 +57,7 @@ class Full:
         """Shape (K, D, D)."""
         return components, columns, columns
 
-    def scale(
-        self, factor: Float[Tensor, "k d d"], unit: Float[Tensor, " d"], floor: float
-    ) -> Float[Tensor, "k d d"]:
+    def scale(self, factor: Float[Tensor, "k d d"], unit: Float[Tensor, " d"], floor: float) -> Float[Tensor, "k d d"]:
         """Cholesky factor of each covariance."""
         lower = factor.tril()
         identity = torch.eye(len(unit), dtype=unit.dtype, device=unit.device)

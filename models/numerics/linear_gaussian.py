@@ -26,7 +26,7 @@ class LinearGaussianStatistics(NamedTuple):
 
     Attributes
     ----------
-    count : Tensor ()
+    rows : Tensor ()
         Number of rows.
     log_evidence : Tensor ()
         Sum of log p(x), nats.
@@ -38,7 +38,7 @@ class LinearGaussianStatistics(NamedTuple):
         Sum of E[z̃ z̃ᵀ].
     """
 
-    count: Tensor
+    rows: Tensor
     log_evidence: Tensor
     rr: Tensor
     rz: Tensor
@@ -83,13 +83,13 @@ def expected_statistics(
 ) -> LinearGaussianStatistics:
     """E step (Rubin & Thayer 1982; Tipping & Bishop 1999, equations 25 and 26)."""
     mean, scale_tril = posterior(x, loc, loading, variance)
-    count = torch.tensor(len(x), dtype=x.dtype, device=x.device)
+    rows = torch.tensor(len(x), dtype=x.dtype, device=x.device)
     residual = x - loc
     augmented = torch.cat([mean, mean.new_ones(len(x), 1)], -1)
     zz = augmented.mT @ augmented
-    zz[:-1, :-1] += count * (scale_tril @ scale_tril.mT)
+    zz[:-1, :-1] += rows * (scale_tril @ scale_tril.mT)
     return LinearGaussianStatistics(
-        count,
+        rows,
         log_density(x, loc, loading, variance).sum(),
         residual.square().sum(0),
         residual.mT @ augmented,
@@ -99,9 +99,9 @@ def expected_statistics(
 
 def maximize(statistics: LinearGaussianStatistics, loc: Float[Tensor, " d"]) -> LinearGaussianMaximum:
     """M step: regress x - loc on (z, 1); ``loc`` is the one that the statistics were made with."""
-    count, _, rr, rz, zz = statistics
+    rows, _, rr, rz, zz = statistics
     coefficients = torch.linalg.solve(zz, rz.mT).mT
-    variance = (rr - (coefficients * rz).sum(-1)) / count
+    variance = (rr - (coefficients * rz).sum(-1)) / rows
     return LinearGaussianMaximum(loc + coefficients[:, -1], coefficients[:, :-1], variance)
 
 

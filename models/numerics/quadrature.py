@@ -7,15 +7,15 @@ exponentially convergent trapezoidal rule", SIAM Review 56(3), theorem 5.1). Two
 
 1. *Shared lattices* of growing density over one box, the same nodes for all rows: a decoder runs once per node.
 2. *Cells of their own* for the rows that no shared lattice resolves: each row keeps the cells in which its integrand
-   may matter, and splits them until it is resolved, so that a peak of any width costs some thousand nodes.
-   Rows with mass near the boundary do the same in boxes of twice, four and eight times the size.
+   may matter, and splits them until it is resolved, so that a peak of any width costs some ten thousand nodes.
 
-The error is the change from the rule before, or what the two changes before that made one expect if that is more
-(so that no lucky change passes for convergence), plus the mass that may lie outside the box, plus rounding.
+Rows with mass near the boundary do the same again in boxes of twice, four and eight times the size. The error is how
+far the last rules are from each other, plus the mass that may lie outside the box, plus rounding.
 
 What goes wrong: a peak so narrow that not even its tails show at a spacing of 0.2 ``scale``, beside one that does,
 cannot be found by any rule. The log joint of a smooth decoder falls off like a polynomial and has no such peak.
-Integrands with kinks converge like a power only, and stop at the largest rule with the error that it has.
+Integrands with kinks, such as those of a relu decoder, converge like a power of the spacing only: they stop at
+the largest rule with the error that they have, and about one in two hundred has more than its estimate.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Rowwise = Callable[[Int64[Tensor, " r"], Float[Tensor, "r g k"]], Float[Tensor, 
 RADII = (6.5, 13.0, 26.0, 52.0)  # half-widths of the box, in units of ``scale``
 COARSEST, GROWTH = 32, 1.5  # shared lattices: cells per dimension of the first, ratio of each to the one before
 SHARED_NODES = 550**2  # largest shared lattice
-HOPELESS = 1.0  # nats of change, on a shared lattice of at least a hundred cells per dimension, at which a row leaves it
+HOPELESS = 1.0  # nats of change at which a row leaves the shared lattices, from a hundred cells per dimension on
 ROOTS = 2**10  # cells of the smallest box that a row's own cells descend from
 NEGLIGIBLE = 30.0  # nats below a row's maximum at which a cell is dropped: e^-30 of the mass
 SHELL = 0.9  # the outer shell of the box begins at this share of its half-width
@@ -45,6 +45,7 @@ OWN_CHUNK = 2**15  # integrand values held at once on nodes of a row's own, wher
 ROWS = 2**12  # rows that share nodes at once
 BLOCK = 2**22  # nodes held at once by a block of rows with cells of their own
 CONVERGING = 1e-2  # nats: differences below it show how fast they fall
+LUCK = 0.01  # share of a difference that the next one may fall short of by chance
 AGREEMENT = 1e-10  # nats: differences below it count as rounding
 DEEPEST = 40  # times that a cell is split
 
@@ -119,6 +120,8 @@ def log_integral(
     estimate = _Estimate.unknown(rows, scale)
     for radius in RADII:
         index = estimate.truncated(tolerance)
+        if not len(index):
+            break
         estimate.improve(index, _in_box(integrand, index, radius, limits))
     return Quadrature(estimate.log_value, estimate.error(), integrand.nodes)
 
@@ -208,10 +211,10 @@ class _Estimate(NamedTuple):
 class _Convergence:
     """Follows the log-integrals of some rows from rule to rule, and judges how far they have converged.
 
-    Differences d of successive rules, the spacing of each ``ratio`` times finer, fall as d^ratio under geometric
-    convergence. Two steps like that in a row earn trust: the error is then the last difference, or what the two
-    before it made one expect if that is more. Without trust it is twice the largest difference so far, as far as that
-    may have fallen under convergence of order 2. Luck with one difference does not shrink either.
+    The spacing of each rule is ``ratio`` times finer than the one before, so that the differences d of successive
+    rules fall like d -> d^ratio under geometric convergence. Two steps like that in a row earn trust: the error is then
+    the last difference, or what the two before it made one expect if that is more. Without trust it is twice the
+    largest difference so far, reduced as convergence of order 2 would. One lucky difference earns nothing either way.
     """
 
     def __init__(self, rows: int, like: Tensor, ratio: float) -> None:
@@ -231,12 +234,11 @@ class _Convergence:
         self._count_steps(index, last, difference)
         trusted = self.fast_steps[index] > 1
         fallen = torch.maximum(difference, self.envelope[index] / self.ratio**2)
-        change = torch.where(trusted, torch.maximum(difference, last ** _order(before, last)), 2 * fallen)
+        change = torch.where(trusted, _trusted_error(before, last, difference), 2 * fallen)
         self.envelope[index] = torch.where(trusted, change, fallen).where(difference.isfinite(), 0.0)
         self.value[index], self.before[index], self.last[index] = value, last, difference
-        return _Estimate(
-            value, change.where(last.isfinite(), math.inf), TAIL * (shell - value).exp(), self.slow_steps[index] > 1
-        )
+        change = change.where(last.isfinite(), math.inf)
+        return _Estimate(value, change, TAIL * (shell - value).exp(), self.slow_steps[index] > 1)
 
     def _count_steps(self, index: Tensor, last: Tensor, difference: Tensor) -> None:
         """Count the steps in a row that look like geometric convergence, and those that surely do not."""
@@ -247,10 +249,19 @@ class _Convergence:
         self.slow_steps[index] = torch.where(slow, self.slow_steps[index] + 1, 0)
 
 
+def _trusted_error(before: Tensor, last: Tensor, difference: Tensor) -> Tensor:
+    """Error under geometric convergence, from three differences in a row.
+
+    A drop to less than ``LUCK`` of the last difference is not believed, unless it is so deep that no luck explains it.
+    """
+    expected = last ** _order(before, last).clamp(max=2.0)
+    believed = torch.where(_order(last, difference) > 2.9, difference, LUCK * last)
+    return torch.maximum(difference, torch.maximum(expected, believed))
+
+
 def _order(before: Tensor, last: Tensor) -> Tensor:
-    """Return p between 1 and 2 such that ``last`` = ``before``^p, for differences below 1."""
-    p = last.clamp(min=1e-15).log() / before.clamp(1e-15, 0.5).log()
-    return p.clamp(1.0, 2.0)
+    """Return p >= 1 such that ``last`` = ``before``^p, for differences below 1."""
+    return (last.clamp(min=1e-15).log() / before.clamp(1e-15, 0.5).log()).clamp(min=1.0)
 
 
 def _in_box(integrand: _Integrand, index: Tensor, radius: float, limits: _Limits) -> _Estimate:
@@ -258,7 +269,7 @@ def _in_box(integrand: _Integrand, index: Tensor, radius: float, limits: _Limits
     estimate = _on_shared_lattices(integrand, index, radius, limits)
     wanted = (estimate.coarse(limits.tolerance) & ~estimate.slow).nonzero()[:, 0]
     at_once = max(1, BLOCK // max(limits.own_nodes, (2 * _roots(radius, integrand.dim)) ** integrand.dim))
-    for block in wanted.split(at_once) if limits.own_nodes else ():
+    for block in wanted.split(at_once) if len(wanted) and limits.own_nodes else ():
         estimate.improve(block, _on_own_cells(integrand, index[block], radius, limits))
     return estimate
 

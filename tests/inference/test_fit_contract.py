@@ -43,7 +43,10 @@ def test_sites_and_shapes(name: str, guide: str) -> None:
     for site in entry.latent_sites():
         expected = (ROWS, *site.event_shape) if site.is_local else tuple(site.event_shape)
         assert trace.nodes[site.name]["value"].shape == expected
-        assert torch.isfinite(trace.nodes[site.name]["fn"].log_prob(trace.nodes[site.name]["value"])).all() or not q.is_bound
+        assert (
+            torch.isfinite(trace.nodes[site.name]["fn"].log_prob(trace.nodes[site.name]["value"])).all()
+            or not q.is_bound
+        )
 
 
 @pairs
@@ -60,7 +63,9 @@ def test_bound_does_not_exceed_the_evidence(name: str, guide: str) -> None:
     check_bound(elbo, error, evidence)
     if not weights.is_enumerated:
         assert elbo <= float(iwae(weights, 10).sum()) + Z * error + 1e-9
-    lowered = evidence._replace(value=elbo - Z * (error + evidence.standard_error) - 1e-3 * (1 + abs(elbo)), standard_error=0.0)
+    lowered = evidence._replace(
+        value=elbo - Z * (error + evidence.standard_error) - 1e-3 * (1 + abs(elbo)), standard_error=0.0
+    )
     with pytest.raises(NumericalFailure, match="exceeds log p"):
         check_bound(elbo, error, lowered)
 
@@ -73,7 +78,9 @@ def test_ledger_adds_up_and_agrees_with_the_divergence(name: str, guide: str) ->
     if not fit.guide.is_bound:
         assert math.isnan(ledger.elbo) and math.isnan(ledger.gap)
         return
-    assert ledger.elbo + ledger.approximation_gap + ledger.amortization_gap == pytest.approx(ledger.log_evidence, rel=1e-9)
+    assert ledger.elbo + ledger.approximation_gap + ledger.amortization_gap == pytest.approx(
+        ledger.log_evidence, rel=1e-9
+    )
     assert ledger.gap >= -Z * ledger.elbo_se - 1e-6
     assert ledger.approximation_gap >= -Z * ledger.elbo_se - ledger.log_evidence_se - 1e-4 * ROWS
     if math.isnan(ledger.kl):

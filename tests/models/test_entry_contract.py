@@ -19,8 +19,12 @@ from elbozoo.models.contract.isolation import isolated
 
 entries = pytest.mark.parametrize("name", every_entry())
 oracles = pytest.mark.parametrize("name", [n for n in every_entry() if isinstance(get_entry(n).example(), HasOracle)])
-posteriors = pytest.mark.parametrize("name", [n for n in every_entry() if isinstance(get_entry(n).example(), HasPosterior)])
-em_entries = pytest.mark.parametrize("name", [n for n in every_entry() if isinstance(get_entry(n).example(), SupportsEM)])
+posteriors = pytest.mark.parametrize(
+    "name", [n for n in every_entry() if isinstance(get_entry(n).example(), HasPosterior)]
+)
+em_entries = pytest.mark.parametrize(
+    "name", [n for n in every_entry() if isinstance(get_entry(n).example(), SupportsEM)]
+)
 
 
 @entries
@@ -88,7 +92,7 @@ def test_minibatch_log_joint_is_unbiased(name: str) -> None:
 
 @posteriors
 def test_joint_minus_posterior_is_the_evidence_for_every_latent(name: str) -> None:
-    """log p(x, z) - log p(z given x) = log p(x) whatever z is: oracle and posterior check each other (1e-8 relative)."""
+    """log p(x, z) - log p(z given x) = log p(x) whatever z is: oracle checks posterior (1e-8 relative)."""
     entry, x = entry_for(name), example_data(name)
     assert isinstance(entry, HasPosterior) and isinstance(entry, HasOracle)
     batch = Batch.full(x)
@@ -217,7 +221,7 @@ def test_an_entry_unlike_its_file_refuses_to_load() -> None:
     from elbozoo.models.contract.registry import entry_of
 
     cls = type("Other", (Entry,), {"__module__": "elbozoo.models.made_up"})
-    with pytest.raises(ImportError, match="named like its file made_up.py"):
+    with pytest.raises(ImportError, match=r"named like its file made_up\.py"):
         entry_of("elbozoo.models.made_up", {"Other": cls, "__doc__": "A page."})
     right = type("MadeUp", (Entry,), {"__module__": "elbozoo.models.made_up"})
     assert entry_of("elbozoo.models.made_up", {"MadeUp": right, "__doc__": "A page."}) is right
