@@ -12,6 +12,10 @@ class InvalidInput(ValueError):
     The command line turns it into that line on standard error and exit status 2.
     """
 
+    def __init__(self, message: str) -> None:
+        # Pyro adds a table of shapes to the message of every ValueError that leaves a traced program.
+        super().__init__(message.partition("\n")[0])
+
 
 class NumericalFailure(ArithmeticError):
     """A computation left the finite numbers, or broke an inequality that must hold.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import pyro.settings
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
@@ -72,7 +73,8 @@ def latent_sites(program: Callable[[Batch], Any], batch: Batch) -> list[LatentSi
     InvalidInput
         If the program observes nothing, or has no latent site.
     """
-    with isolated(0), torch.no_grad():
+    # Pyro would answer pyro.param in a module with an error of its own, which does not say what to do.
+    with isolated(0), torch.no_grad(), pyro.settings.context(validate_poutine=False):
         trace = poutine.trace(program).get_trace(batch)
         stored = [*pyro.get_param_store().keys(), *_stored_in_module(program)]
     if stored:
