@@ -37,7 +37,10 @@ def kl_to_posterior(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Diverge
         posterior = entry.posterior(x)
         if guide.is_local:
             (q,) = guide.distributions(batch).values()
-            return Divergence(float(kl_divergence(_plain(q), _plain(posterior)).sum()), 0.0)
+            try:
+                return Divergence(float(kl_divergence(_plain(q), _plain(posterior)).sum()), 0.0)
+            except NotImplementedError:
+                return _by_draws_of_rows(q, posterior)
         return _by_draws(guide, posterior, batch)
 
 
@@ -51,6 +54,12 @@ def _by_draws(guide: Guide, posterior: Distribution, batch: Batch) -> Divergence
     (value,) = [node["value"] for _, node in stochastic_nodes(trace) if not node["infer"].get("is_auxiliary")]
     difference -= posterior.log_prob(value.reshape(PARTICLES, *posterior.event_shape))
     return Divergence(float(difference.mean()), float(difference.std() / PARTICLES**0.5))
+
+
+def _by_draws_of_rows(q: Distribution, posterior: Distribution) -> Divergence:
+    z = q.sample((PARTICLES,))
+    difference = q.log_prob(z) - posterior.log_prob(z)
+    return Divergence(float(difference.mean(0).sum()), float((difference.var(0) / PARTICLES).sum().sqrt()))
 
 
 def _plain(distribution: Distribution) -> Distribution:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -25,12 +26,12 @@ class EMOptions(Options):
         None, ge=1, description="starts, of which the best is kept; none takes 10 for discrete latents, else 1"
     )
     iterations: int = Field(10_000, ge=1, description="most iterations of each start")
-    tolerance: float = Field(1e-7, gt=0, description="gain still to come, nats per datum, at which EM has converged")
+    tolerance: float = Field(1e-6, gt=0, description="gain still to come, nats per datum, at which EM has converged")
     chunk: int = Field(65_536, ge=1, description="rows in a chunk of the E step")
 
 
 class EMRun(NamedTuple):
-    """One start of EM: the parameters it ended with, its record, and how it ended."""
+    """One start of EM: the parameters it ended with, its record, how it ended, what is wrong or left to do."""
 
     state: dict[str, Tensor]
     log_evidence: float
@@ -38,6 +39,12 @@ class EMRun(NamedTuple):
     converged: bool
     interrupted: bool
     degeneracy: str | None
+    unfinished: str | None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know."""
+        return [note for note in (self.degeneracy, self.unfinished) if note]
 
 
 def run_em(entry: Entry, x: Tensor, options: EMOptions, *, seed: int, progress: bool = True) -> EMRun:
@@ -99,9 +106,14 @@ def _one_start(entry: Entry, x: Tensor, options: EMOptions) -> EMRun:
             interrupted = True
     state = {name: value.clone() for name, value in entry.state_dict().items()}
     degeneracy = entry.degeneracy(x) if hasattr(entry, "degeneracy") else None
-    return EMRun(
-        state, monitor.history[-1] if monitor.history else float("-inf"), trajectory, converged, interrupted, degeneracy
-    )
+    unfinished = None if converged or interrupted else _unfinished(monitor)
+    log_evidence = monitor.history[-1] if monitor.history else -math.inf
+    return EMRun(state, log_evidence, trajectory, converged, interrupted, degeneracy, unfinished)
+
+
+def _unfinished(monitor: MonotoneMonitor) -> str:
+    left = monitor.remaining() / monitor.rows if len(monitor.history) >= 3 else math.inf
+    return f"EM stopped after {len(monitor.history)} iterations with about {left:.1g} nats per datum still to gain"
 
 
 def _rank(run: EMRun) -> tuple[bool, float]:

@@ -195,9 +195,10 @@ def _run_em(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> F
     before = time.perf_counter()
     run = run_em(entry, x, plan.schema(EMOptions), seed=seed, progress=progress)
     seconds = time.perf_counter() - before
-    notes = [run.degeneracy] if run.degeneracy else []
     guide = build_guide("exact", entry, x)
-    return _fit(plan, entry, guide, seed, "log p(x)", run.trajectory, seconds, run.converged, run.interrupted, notes)
+    return _fit(
+        plan, entry, guide, seed, "log p(x)", run.trajectory, seconds, run.converged, run.interrupted, run.notes
+    )
 
 
 def _run_monte_carlo_em(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
