@@ -187,7 +187,7 @@ class _Estimate(NamedTuple):
     def error(self) -> Tensor:
         """All that may be wrong with the value, nats."""
         rounding = ROUNDING * self.log_value.abs().clamp(min=1.0)
-        return (self.change + self.tail + rounding).nan_to_num(math.inf)
+        return (self.change + self.tail + rounding).nan_to_num(nan=math.inf, posinf=math.inf)
 
     def truncated(self, tolerance: float) -> Tensor:
         """Index of the rows that need a larger box."""
@@ -203,8 +203,8 @@ class _Estimate(NamedTuple):
             mine[index] = theirs
 
     def improve(self, index: Tensor, new: _Estimate) -> None:
-        """Take over those of the rows ``index`` in which ``new`` has the smaller error."""
-        better = new.error() < self.error()[index]
+        """Take over those of the rows ``index`` in which ``new`` has no larger error."""
+        better = new.error() <= self.error()[index]
         self.update(index[better], _Estimate(*(field[better] for field in new)))
 
 
@@ -229,7 +229,7 @@ class _Convergence:
     def follow(self, index: Tensor, inner: Tensor, shell: Tensor) -> _Estimate:
         """Take the next rule of the rows ``index``: log masses inside the box and in its outer shell."""
         value = torch.logaddexp(inner, shell)
-        difference = (value - self.value[index]).abs().nan_to_num(math.inf)
+        difference = (value - self.value[index]).abs().nan_to_num(nan=math.inf, posinf=math.inf)
         before, last = self.before[index], self.last[index]
         self._count_steps(index, last, difference)
         trusted = self.fast_steps[index] > 1
