@@ -16,6 +16,39 @@ from elbozoo.guides.base import GuideOptions
 from elbozoo.models.contract.sites import LatentSite
 
 
+class Reshaped(dist.TransformedDistribution):
+    """A distribution over real vectors as one over arrays of another shape, such as scalars.
+
+    Parameters
+    ----------
+    base : Distribution
+        Event shape (dim,).
+    event_shape : torch.Size
+        Shape of one draw, dim numbers in all.
+    """
+
+    def __init__(self, base: Distribution, event_shape: torch.Size) -> None:
+        self.shape_of_draw = event_shape
+        super().__init__(base, [ReshapeTransform(base.event_shape, event_shape)])
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, in the shape of a draw."""
+        return self._shaped(self.base_dist.mean)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each number, in the shape of a draw."""
+        return self._shaped(self.base_dist.variance)
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> Reshaped:
+        """Return it with another batch shape; torch's own needs every subclass to say how."""
+        return Reshaped(self.base_dist.expand(batch_shape), self.shape_of_draw)
+
+    def _shaped(self, vectors: Tensor) -> Tensor:
+        return vectors.reshape(vectors.shape[:-1] + self.shape_of_draw)
+
+
 class Family(ABC):
     """A family over one latent site.
 
@@ -59,12 +92,9 @@ class Family(ABC):
 
     def on_support(self, base: Distribution) -> Distribution:
         """Carry ``base`` over real vectors (..., dim) to the site's event shape and support."""
-        transforms = []
         if self.site.event_shape != (self.site.dim,):
-            transforms.append(ReshapeTransform(torch.Size([self.site.dim]), self.site.event_shape))
-        if not self.site.is_real:
-            transforms.append(biject_to(self.site.support))
-        return dist.TransformedDistribution(base, transforms) if transforms else base
+            base = Reshaped(base, self.site.event_shape)
+        return base if self.site.is_real else dist.TransformedDistribution(base, [biject_to(self.site.support)])
 
 
 class Delta(Family):
@@ -215,15 +245,16 @@ def _space(discrete: bool) -> str:
 
 
 def _as_normal(posterior: Distribution, site: LatentSite) -> torch.distributions.MultivariateNormal | None:
-    if not site.is_real or site.event_shape != (site.dim,):
+    """Return a normal ``posterior`` of the site as one over real vectors (dim,), or None if it is no normal."""
+    if not site.is_real:
         return None
     if isinstance(posterior, torch.distributions.MultivariateNormal):
         return posterior
-    if isinstance(posterior, torch.distributions.Independent) and isinstance(
-        posterior.base_dist, torch.distributions.Normal
-    ):
-        return torch.distributions.MultivariateNormal(posterior.mean, scale_tril=torch.diag_embed(posterior.stddev))
-    return None
+    base = posterior.base_dist if isinstance(posterior, torch.distributions.Independent) else posterior
+    if not isinstance(base, torch.distributions.Normal) or posterior.event_shape != site.event_shape:
+        return None
+    mean, scale = (value.reshape(*posterior.batch_shape, site.dim) for value in (posterior.mean, posterior.stddev))
+    return torch.distributions.MultivariateNormal(mean, scale_tril=torch.diag_embed(scale))
 
 
 def _log_scales(dim: int, options: GuideOptions) -> Tensor:

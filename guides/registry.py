@@ -74,7 +74,7 @@ def resolve_guide(name: str, entry: Entry, sites: list[LatentSite] | None = None
         raise unknown_name("guide", name, ALL_NAMES)
     refusal = cards[canonical].refusal
     if refusal is not None:
-        fitting = ", ".join(c.name for c in cards.values() if c.refusal is None)
+        fitting = ", ".join(c.name for c in cards.values() if c.refusal is None) or "none"
         raise InvalidInput(f"guide {name!r} does not fit {entry.name()}: {refusal}; guides that fit: {fitting}")
     return canonical
 

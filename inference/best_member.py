@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from elbozoo.guides.base import GuideOptions
-from elbozoo.guides.families import FAMILIES, Family, LowRankNormal
+from elbozoo.guides.families import FAMILIES, Family, LowRankNormal, Reshaped
 from elbozoo.guides.local import LocalGuide
 from elbozoo.inference.weights import log_joint
 from elbozoo.models.contract.batch import Batch
@@ -177,7 +177,7 @@ class _Search:
         for _ in range(ADAM_BLOCKS):
             for _ in range(ADAM_BLOCK):
                 optimizer.zero_grad()
-                loss = -self._objective(family.distribution(values))
+                loss = -self._objective(_vectors(family.distribution(values)))
                 loss.backward()
                 optimizer.step()
             objective = -float(loss.detach())
@@ -192,7 +192,8 @@ class _Search:
     def _objective(self, q: Distribution) -> Tensor:
         z = q.mean + torch.einsum("nij,sj->sni", q.scale_tril, self.nodes)  # type: ignore[attr-defined]
         with isolated(0):
-            log_density = log_joint(self.entry, Batch.full(self.x), {self.site.name: z})
+            shaped = z.reshape(*z.shape[:2], *self.site.event_shape)
+            log_density = log_joint(self.entry, Batch.full(self.x), {self.site.name: shaped})
         return (self.weights @ log_density + q.entropy()).sum()
 
     def _evaluate(self, q: _Normals, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +229,13 @@ def _prior(entry: Entry, site: LatentSite, x: Tensor) -> _Normals:
     return _Normals(mean, torch.diag_embed(1 / prior.variance.reshape(-1, site.dim).expand(len(x), -1)))
 
 
+def _vectors(q: Distribution) -> Distribution:
+    """Return ``q`` over real vectors, whatever the shape of the site's draws."""
+    return q.base_dist if isinstance(q, Reshaped) else q
+
+
 def _normals(q: Distribution) -> _Normals:
+    q = _vectors(q)
     covariance = getattr(q, "covariance_matrix", None)
     precision = torch.diag_embed(1 / q.variance) if covariance is None else torch.linalg.inv(covariance)
     return _Normals(q.mean.detach(), precision.detach())

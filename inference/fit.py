@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
 import arviz
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from elbozoo.guides.base import Guide, GuideOptions
-from elbozoo.inference.evidence import Evidence, evidence_or_estimate
+from elbozoo.inference.evidence import PARTICLES, Evidence, evidence_or_estimate
 from elbozoo.inference.inferencedata import inference_data
 from elbozoo.inference.ledger import Ledger, compute_ledger, elbo_estimate
 from elbozoo.inference.storage import read_fit, save_fit
@@ -148,18 +150,18 @@ class Fit:
         )
 
     def transform(self, x: Any = None) -> Tensor:
-        """Return the mean of q for each row: (N, K); responsibilities for a discrete latent."""
+        """Return the mean of q for each row: (N, K); responsibilities for a discrete latent.
+
+        Several latents stand side by side. Where the mean has no formula it is that of 1000 draws.
+        """
         with isolated(self._stream), torch.no_grad():
             batch = Batch.full(self._rows(x))
             if not self.guide.is_local:
                 raise InvalidInput(
                     f"{self.model} has one latent for the whole data set, so rows have none of their own to return"
                 )
-            (q,) = self.guide.distributions(batch).values()
-            if isinstance(q, torch.distributions.Categorical):
-                return q.probs
-            mean = q.mean
-            return mean.reshape(len(mean), -1)
+            means = [_mean(q) for q in self.guide.distributions(batch).values()]
+            return torch.cat([mean.reshape(len(mean), -1) for mean in means], -1)
 
     def score_samples(self, x: Any = None) -> Tensor:
         """Return log p(x_n) of each row, (N,), nats: exact, by quadrature or estimated as the entry allows."""
@@ -174,12 +176,12 @@ class Fit:
         """Draw ``n`` new rows from the fitted model, (n, D)."""
         return self.entry.simulate(n, seed)[0]
 
-    def to_inferencedata(self, draws: int = 1000) -> arviz.InferenceData:
+    def to_inferencedata(self, x: Any = None, *, draws: int = 1000) -> arviz.InferenceData:
         """Return draws of z, of new data and the log-likelihood as ArviZ's InferenceData, one chain.
 
         See :func:`~elbozoo.inference.inferencedata.inference_data`.
         """
-        return inference_data(self.entry, self.guide, self._rows(None), draws, self._stream)
+        return inference_data(self.entry, self.guide, self._rows(x), draws, self._stream)
 
     def save(self, directory: str | Path) -> Path:
         """Write the fit to ``directory`` as JSON, safetensors and CSV, without its data."""
@@ -195,17 +197,39 @@ class Fit:
         return self.seed + EVALUATION_STREAM
 
     def _weights(self, x: Tensor) -> Any:
-        return importance_weights(self.entry, self.guide, Batch.full(x), 1000, self._stream)
+        return importance_weights(self.entry, self.guide, Batch.full(x), PARTICLES, self._stream)
 
     def _rows(self, x: Any) -> Tensor:
         if x is None:
             if self.x is None:
                 raise InvalidInput("a loaded fit does not carry its data; pass the rows x")
             return self.x
-        rows = torch.as_tensor(getattr(x, "x", x), dtype=torch.float64)
+        rows = _numbers(x)
         if rows.ndim != 2 or rows.shape[1] != self.entry.columns:
             raise InvalidInput(f"found data of shape {tuple(rows.shape)}, expected (rows, {self.entry.columns})")
+        if not torch.isfinite(rows).all():
+            raise InvalidInput("found NaN or infinity in the rows, expected finite numbers; leave those rows out")
         return rows
+
+
+def _numbers(x: Any) -> Tensor:
+    """Return the rows of a tensor, array, frame, nested list or data set, float64."""
+    source = getattr(x, "x", x) if is_dataclass(x) else x
+    if isinstance(source, Tensor):
+        return source.detach().double()
+    try:
+        return torch.tensor(np.asarray(source, dtype=np.float64))
+    except (TypeError, ValueError):
+        raise InvalidInput(f"found a {type(x).__name__} that holds no numbers, expected rows (N, D) of them") from None
+
+
+def _mean(q: Distribution) -> Tensor:
+    if isinstance(q, torch.distributions.Categorical):
+        return q.probs
+    try:
+        return q.mean
+    except NotImplementedError:
+        return q.sample((PARTICLES,)).mean(0)
 
 
 def closed_form_evidence(entry: Entry, x: Tensor) -> float:

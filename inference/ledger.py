@@ -143,8 +143,8 @@ def _approximation_gap(
     if not guide.is_local:
         # One q for the whole data set leaves nothing to amortize: the gap is the family's and the optimiser's.
         return evidence.value - elbo_estimate(weights)[0], True
-    (q,) = guide.distributions(Batch.full(x)).values()
-    best = best_member(entry, guide.family, x, options, start=q)
+    members = list(guide.distributions(Batch.full(x)).values())
+    best = best_member(entry, guide.family, x, options, start=members[0]) if len(members) == 1 else None
     if best is None:
         return math.nan, True
     # The same seed gives both the same draws, so that their difference has little noise.

@@ -243,7 +243,7 @@ def _fit(
 ) -> Fit:
     # The run built both for itself, so the fit owns them; everything is judged in float64.
     return Fit(
-        model=entry.name() if not isinstance(entry, Program) else "program",
+        model=entry.name(),
         method=plan.label,
         seed=seed,
         entry=entry.double(),

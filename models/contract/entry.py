@@ -232,6 +232,11 @@ class Program(Entry):
             )
         self.program = program
 
+    @classmethod
+    def name(cls) -> str:
+        """Name under which results show a program of the user's."""
+        return "program"
+
     def forward(self, batch: Batch) -> Tensor:
         """Run the user's program."""
         result: Tensor = self.program(batch)
