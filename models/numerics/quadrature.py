@@ -123,7 +123,7 @@ def log_integral(
         if not len(index):
             break
         estimate.improve(index, _in_box(integrand, index, radius, limits))
-    return Quadrature(estimate.log_value, estimate.error(), integrand.nodes)
+    return Quadrature(estimate.log_value + scale.log().sum(), estimate.error(), integrand.nodes)
 
 
 class _Limits(NamedTuple):
@@ -133,11 +133,10 @@ class _Limits(NamedTuple):
 
 
 class _Integrand:
-    """Log integrands of all rows in coordinates u, z = centre + scale * u; counts its evaluations."""
+    """Log integrands of all rows at z = centre + scale * u, without that volume element; counts its evaluations."""
 
     def __init__(self, shared: Shared, rowwise: Rowwise, centre: Tensor, scale: Tensor) -> None:
         self.shared, self.rowwise, self.centre, self.scale = shared, rowwise, centre, scale
-        self.log_volume = scale.log().sum()
         self.nodes = 0
 
     @property
@@ -148,14 +147,14 @@ class _Integrand:
     def at_common(self, index: Tensor, u: Tensor) -> Tensor:
         """Rows ``index`` (R,) at the nodes ``u`` (G, K): (R, G)."""
         self.nodes += len(index) * len(u)
-        return self.shared(index, self.centre + self.scale * u) + self.log_volume
+        return self.shared(index, self.centre + self.scale * u)
 
     def at_own(self, index: Tensor, u: Tensor) -> Tensor:
         """Row ``index[r]`` at its own nodes ``u[r]`` (G, K), in chunks: (R, G)."""
         self.nodes += u.shape[0] * u.shape[1]
         size = max(1, OWN_CHUNK // u.shape[1])
         chunks = zip(index.split(size), u.split(size), strict=True)
-        return torch.cat([self.rowwise(i, self.centre + self.scale * v) for i, v in chunks]) + self.log_volume
+        return torch.cat([self.rowwise(i, self.centre + self.scale * v) for i, v in chunks])
 
 
 class _Estimate(NamedTuple):
