@@ -16,7 +16,7 @@ from elbozoo.inference.fit import Fit
 from elbozoo.inference.method import SCHEMA_TITLES, default_methods, method_names, plan, program_entry
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Entry, capabilities
-from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.options import Options
 from elbozoo.models.contract.registry import entry_names, get_entry, list_models
 from elbozoo.tutorial import write_tutorial
@@ -129,10 +129,26 @@ def fit(
     NumericalFailure
         If the fit breaks down.
     """
-    if guide is not None and method is not None:
-        raise InvalidInput(f"found guide={guide!r} and method={method!r}, expected one of the two")
+    chosen = one_method(guide, method)
     rows = load_data(data, columns)
-    return plan(model, rows.x, method or guide or "mean-field", options).run(seed, progress=progress)
+    return plan(model, rows.x, chosen, options).run(seed, progress=progress)
+
+
+def one_method(guide: str | None, method: str | None) -> str:
+    """Return the method that ``guide`` or ``method`` names, mean-field if neither does.
+
+    Raises
+    ------
+    InvalidInput
+        For both at once, or an unknown guide.
+    """
+    if guide is None:
+        return "mean-field" if method is None else method
+    if method is not None:
+        raise InvalidInput(f"found guide {guide!r} and method {method!r}, expected one of the two")
+    if guide not in guides.ALL_NAMES:
+        raise unknown_name("guide", guide, guides.ALL_NAMES)
+    return guide
 
 
 def compare(
@@ -168,7 +184,9 @@ def compare(
         If a fit breaks down, or a bound exceeds the truth.
     """
     rows: Dataset = load_data(data, columns)
-    chosen = list(methods) if methods is not None else default_methods(_entry_for(model, rows, options))
+    if methods is None:
+        methods = default_methods(_entry_for(model, rows, options))
+    chosen = [methods] if isinstance(methods, str) else list(methods)
     if out is not None:
         writable_directory(out)
     results = from_results(run_comparison(model, rows.x, chosen, seeds, options, name=rows.name, progress=progress))

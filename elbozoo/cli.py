@@ -48,6 +48,7 @@ Out = Annotated[
 ]
 
 TABLE_WIDTH = 150
+COMMAND_NAMES = ("model", "data", "methods", "seeds", "columns", "out", "progress")
 
 
 def main() -> None:
@@ -145,15 +146,12 @@ def fit_command(
     as_json: Json = False,
 ) -> None:
     """Fit one model by one method and print its ledger."""
-    from elbozoo.api import compare
+    from elbozoo.api import compare, one_method
     from elbozoo.inference.storage import writable_directory
-    from elbozoo.models.contract.errors import InvalidInput
 
-    if guide is not None and method is not None:
-        raise InvalidInput(f"found --guide {guide} and --method {method}, expected one of the two")
+    chosen = one_method(guide, method)
     if out is not None:
         writable_directory(out)
-    chosen = method or guide or "mean-field"
     result = compare(model, data, methods=[chosen], seeds=[seed], columns=_names(columns), **_settings(settings))
     (fit,) = result.fits
     if out is not None:
@@ -229,6 +227,11 @@ def _settings(settings: list[str] | None) -> dict[str, Any]:
         name, equals, value = item.partition("=")
         if not equals or not name.strip():
             raise InvalidInput(f"--set: found {item!r}, expected NAME=VALUE, such as --set latent_dim=5")
+        if name.strip() in COMMAND_NAMES:
+            raise InvalidInput(
+                f"--set: found {name.strip()!r}, which belongs to the command; expected an option of the model, guide "
+                "or method, as in 'elbozoo show MODEL'"
+            )
         parsed[name.strip()] = None if value.strip().lower() == "none" else value.strip()
     return parsed
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elbozoo.inference.fit import Fit, closed_form_evidence
 from elbozoo.inference.ledger import Ledger
-from elbozoo.inference.method import plan
+from elbozoo.inference.method import plan, valid_seed
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Program
 from elbozoo.models.contract.errors import InvalidInput
@@ -170,7 +170,10 @@ def _unique(methods: Iterable[str]) -> list[str]:
 
 
 def _seeds(seeds: int | Iterable[int]) -> list[int]:
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if isinstance(seeds, Iterable):
+        chosen = [valid_seed(seed) for seed in dict.fromkeys(seeds)]
+    else:
+        chosen = list(range(valid_seed(seeds)))
     if not chosen:
         raise InvalidInput(f"option seeds: found {seeds!r}, expected at least 1")
     return chosen

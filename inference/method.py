@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from elbozoo.inference.trajectory import Trajectory
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, HasClosedForm, HasOracle, HasPosterior, Program, SupportsEM
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
-from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.contract.isolation import SEEDS, isolated
 from elbozoo.models.contract.options import Options
 from elbozoo.models.contract.registry import get_entry
 
@@ -60,6 +61,7 @@ class Plan:
 
     def run(self, seed: int, *, progress: bool = True) -> Fit:
         """Fit from ``seed``, which decides the starting values and every draw."""
+        seed = valid_seed(seed)
         entry = self.build(seed)
         x = self.x.to(entry.dtype)
         with isolated(seed):
@@ -100,6 +102,19 @@ def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any]) -> Plan
     if canonical not in ("em", "closed-form"):
         _check_objective(result)
     return result
+
+
+def valid_seed(seed: Any) -> int:
+    """Return ``seed`` as an int.
+
+    Raises
+    ------
+    InvalidInput
+        For anything but an integer from 0 to 2**32 - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < SEEDS:
+        raise InvalidInput(f"option seed: found {seed!r}, expected int >= 0, < 2**32")
+    return int(seed)
 
 
 def program_entry(program: Any, x: Tensor) -> Entry:

@@ -10,6 +10,8 @@ import pyro
 import pyro.settings
 from pyro.util import get_rng_state, set_rng_state
 
+SEEDS = 2**32  # NumPy takes no others; seeds derived from one another wrap around
+
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
@@ -19,7 +21,7 @@ def isolated(seed: int) -> Iterator[None]:
     """
     state = get_rng_state()
     with pyro.get_param_store().scope(), private_parameters():
-        pyro.set_rng_seed(seed)
+        pyro.set_rng_seed(seed % SEEDS)
         try:
             yield
         finally:
