@@ -47,7 +47,7 @@ Out = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="DIR", help="Directory for what the run leaves behind.")
 ]
 
-TABLE_WIDTH = 150
+TABLE_WIDTH = 200
 COMMAND_NAMES = ("model", "data", "methods", "seeds", "columns", "out", "progress")
 
 
@@ -156,6 +156,7 @@ def fit_command(
     (fit,) = result.fits
     if out is not None:
         fit.save(out)
+    _print_notes(result)
     if as_json:
         _print_json(result.document())
         return
@@ -167,7 +168,6 @@ def fit_command(
             rows,
         )
     )
-    _print_notes(result)
 
 
 @app.command("compare")
@@ -194,11 +194,11 @@ def compare_command(
     result = compare(
         model, data, methods=_names(methods), seeds=seeds, columns=_names(columns), out=out, **_settings(settings)
     )
+    _print_notes(result)
     if as_json:
         _print_json(result.document())
         return
     _print_summary(result)
-    _print_notes(result)
     if out is not None:
         typer.echo(
             f"written to {out}: comparison.csv, comparison.json, trajectories.csv, fits, plots, report.html", err=True
@@ -253,15 +253,18 @@ def _console() -> Any:
 
 def _table(title: str, header: list[str], rows: list[list[Any]]) -> Any:
     from rich.box import SIMPLE_HEAD
+    from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=escape(title), box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(box=SIMPLE_HEAD)
     for i, name in enumerate(header):
         table.add_column(name, overflow="fold", no_wrap=i == 0)
     for row in rows:
         table.add_row(*[escape(str(cell)) for cell in row])
-    return table
+    # A title of the table's own would be broken to the table's width.
+    return Group(Text(title, style="bold"), table) if title else table
 
 
 def _print_table(frame: pd.DataFrame, as_json: bool) -> None:
@@ -285,7 +288,7 @@ def _print_summary(result: Comparison) -> None:
     rows = []
     for method, figures in result.summary.iterrows():
         of_method = result.table[result.table["method"] == method]
-        kind = of_method["log_evidence_kind"].iloc[0] or "-"
+        kind = _cell(of_method["log_evidence_kind"].iloc[0])
         converged = f"{int(of_method['converged'].sum())}/{len(of_method)}"
         cells = [_mean_and_deviation(figures[name, "mean"], figures[name, "std"]) for name in shown]
         rows.append([method, *cells, kind, _cell(of_method["khat_max"].max()), converged])

@@ -8,7 +8,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Categorical, Distribution, Independent, MultivariateNormal, Normal
 from torch.distributions.kl import kl_divergence
 
 from elbozoo.guides.base import Guide
@@ -38,7 +38,7 @@ def kl_to_posterior(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Diverge
         if guide.is_local:
             (q,) = guide.distributions(batch).values()
             try:
-                return Divergence(float(kl_divergence(_plain(q), _plain(posterior)).sum()), 0.0)
+                return Divergence(float(_closed_form(q, posterior).sum()), 0.0)
             except NotImplementedError:
                 return _by_draws_of_rows(q, posterior)
         return _by_draws(guide, posterior, batch)
@@ -60,6 +60,15 @@ def _by_draws_of_rows(q: Distribution, posterior: Distribution) -> Divergence:
     z = q.sample((PARTICLES,))
     difference = q.log_prob(z) - posterior.log_prob(z)
     return Divergence(float(difference.mean(0).sum()), float((difference.var(0) / PARTICLES).sum().sqrt()))
+
+
+def _closed_form(q: Distribution, posterior: Distribution) -> Tensor:
+    if isinstance(q, Categorical) and isinstance(posterior, Categorical):
+        # PyTorch says infinity where a posterior probability underflows, although its logarithm is still finite.
+        terms = q.probs * (q.logits - posterior.logits)
+        return torch.where(q.probs > 0, terms, torch.zeros_like(terms)).sum(-1)
+    divergence: Tensor = kl_divergence(_plain(q), _plain(posterior))
+    return divergence
 
 
 def _plain(distribution: Distribution) -> Distribution:
