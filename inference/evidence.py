@@ -19,6 +19,7 @@ from elbozoo.models.numerics.quadrature import Quadrature, log_integral
 
 PARTICLES = 1000
 CHUNK_ROWS = 65_536
+QUADRATURE_TOLERANCE = 1e-5  # nats per datum
 
 
 class Evidence(NamedTuple):
@@ -92,6 +93,7 @@ def _quadrature(entry: Entry, x: Tensor) -> Evidence:
             len(x),
             centre,
             scale,
+            tolerance=QUADRATURE_TOLERANCE,
         )
     return Evidence(float(result.log_value.sum()), float(result.error.sum()), "quadrature", result.log_value)
 

@@ -28,9 +28,9 @@ from elbozoo.models.contract.options import Field, Options
 class MonteCarloEMOptions(Options):
     """Options of Monte Carlo EM."""
 
-    chains: int = Field(4, ge=1, description="posterior draws of each datum in an E step, one per chain")
-    transitions: int = Field(2, ge=1, description="Hamiltonian transitions of each chain in an E step")
-    gradient_steps: int = Field(4, ge=1, description="Adam steps in an M step")
+    chains: int = Field(2, ge=1, description="posterior draws of each datum in an E step, one per chain")
+    transitions: int = Field(1, ge=1, description="Hamiltonian transitions of each chain in an E step")
+    gradient_steps: int = Field(3, ge=1, description="Adam steps in an M step")
     iterations: int = Field(10_000, ge=1, description="most EM iterations")
     learning_rate: float = Field(0.01, gt=0, description="Adam's step size at the start")
     tolerance: float = Field(1e-4, gt=0, description="gain per 50 iterations, nats per datum, that counts as a plateau")

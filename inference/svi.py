@@ -71,14 +71,17 @@ class PyroStep:
         self.optimizer = torch.optim.Adam(unique_parameters(entry, guide), lr=options.learning_rate)
 
     def __call__(self, batch: Batch) -> float:
-        """Take one step."""
+        """Take one step; where the loss is not finite, leave the parameters as they are for a look at them."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(batch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            return value
         loss.backward()
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.loss.parameters(), self.clip_norm * batch.total)
         self.optimizer.step()
-        return float(loss.detach())
+        return value
 
     def scale_learning_rate(self, factor: float) -> None:
         """Set the step size of every parameter group."""
