@@ -1,0 +1,642 @@
+"""Pictures of a comparison: bound and evidence along the fits, the ledger as bars, the latent space.
+
+Every function returns a figure of its own and leaves matplotlib as it was: no pyplot, no backend, no rcParams.
+All values are in nats per datum, totals over the rows divided by their number, unless a label says otherwise.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.style
+import numpy as np
+import numpy.typing as npt
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from torch import Tensor
+
+from elbozoo.inference.comparison import Comparison
+from elbozoo.inference.fit import Fit
+
+Floats = npt.NDArray[np.float64]
+
+DPI = 150
+# Okabe and Ito's palette, told apart with any colour vision; without its yellow, which vanishes on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#4D4D4D", "#CC79A7", "#E69F00")
+CLASS_PALETTE = (*PALETTE, "#882255", "#999933", "#332288")  # the last three are Tol's
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p", "h")
+INK, FAINT = "#222222", "#6B6B6B"
+STYLE = {
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "hatch.linewidth": 0.7,
+    "text.parse_math": False,  # names of files may hold dollar signs
+}
+
+ELBO, AMORTIZATION, APPROXIMATION, UNSPLIT, LEARNING = (
+    "ELBO",
+    "amortization gap",
+    "approximation gap",
+    "gap, not split",
+    "learning gap",
+)
+SEGMENTS: dict[str, dict[str, Any]] = {
+    ELBO: {"facecolor": "#D5D9DD"},
+    AMORTIZATION: {"facecolor": "#E69F00"},
+    APPROXIMATION: {"facecolor": "#CC79A7"},
+    UNSPLIT: {"facecolor": "#8C8C8C"},
+    LEARNING: {"facecolor": "white", "edgecolor": FAINT, "hatch": "////", "linewidth": 0.6},
+}
+
+NONE = "–"
+SMOOTHING = 0.05  # share of the steps so far that the average takes in on each side
+LEGEND_INCHES_PER_ENTRY, LEGEND_INCHES_PER_LETTER = 0.6, 0.078
+EARLY = 3  # the first third of the steps may lie outside the picture
+LOG_RATIO = 4.0
+DRAWN_POINTS = 600
+MOST_CLASSES = 20
+VISIBLE = 1e-3  # share of the axis below which a segment cannot be seen
+
+
+class LedgerBar(NamedTuple):
+    """The ledger of one method, mean over its seeds, nats per datum; NaN where a figure does not apply."""
+
+    method: str
+    elbo: float
+    amortization_gap: float
+    approximation_gap: float
+    gap: float
+    log_evidence: float
+    learning_gap: float
+    seeds: list[float]
+    is_local: bool
+
+    @property
+    def is_split(self) -> bool:
+        """Whether family and source are told apart: not where one q stands for the whole data set."""
+        return self.is_local and math.isfinite(self.amortization_gap)
+
+    @property
+    def best_known(self) -> float:
+        """Best known log p(x) on these rows."""
+        return self.log_evidence + self.learning_gap
+
+    def segments(self) -> dict[str, tuple[float, float]]:
+        """Return start and width of each segment from the ELBO up to the best known log p(x).
+
+        What Monte Carlo noise or an unfinished search made negative is drawn with width 0, and its neighbour
+        takes in no more than the gap itself, so that the segments end where the evidence is.
+        """
+        found = {}
+        gap = max(self.gap, 0.0)
+        if self.is_split:
+            approximation = min(max(self.approximation_gap, 0.0), gap)
+            found[AMORTIZATION] = (self.log_evidence - gap, gap - approximation)
+            found[APPROXIMATION] = (self.log_evidence - approximation, approximation)
+        elif math.isfinite(self.gap):
+            found[UNSPLIT] = (self.log_evidence - gap, gap)
+        if math.isfinite(self.learning_gap):
+            found[LEARNING] = (self.log_evidence, max(self.learning_gap, 0.0))
+        return found
+
+
+def overview(comparison: Comparison) -> Figure:
+    """Draw ELBO and evidence against steps beside the ledger as stacked bars."""
+    bars = ledger(comparison)
+    with _styled():
+        keys, bar_keys = _curve_handles(comparison), _bar_handles(bars)
+        widths = [6.6, 8.4 + _room_for_names(bars)]
+        heights = [4.0 + _legend_height(keys, widths[0]), 1.8 + 0.42 * len(bars) + _legend_height(bar_keys, widths[1])]
+        figure = _figure(sum(widths), max(heights))
+        _head(figure, _title(comparison))
+        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=widths, wspace=0.04)[0]
+        ax = left.subplots()
+        _draw_curves(ax, comparison, against="steps")
+        ax.set_title("ELBO and log p(x) along the fits")
+        _outside_legend(left, keys)
+        ax, numbers = right.subplots(1, 2, width_ratios=[1.0, 0.85])
+        _draw_bars(ax, bars)
+        ax.set_title("From the ELBO to the best known log p(x)")
+        _draw_numbers(numbers, bars)
+        _outside_legend(right, bar_keys)
+    return figure
+
+
+def curves(comparison: Comparison) -> Figure:
+    """Draw ELBO and exact evidence of every fit against steps and against seconds.
+
+    An objective that is no ELBO is not drawn; such a method shows its log p(x) only.
+    """
+    with _styled():
+        keys = _curve_handles(comparison)
+        figure = _figure(11.0, 4.5 + _legend_height(keys, 11.0), space=0.05)
+        _head(figure, f"{_title(comparison)}: ELBO and log p(x) along the fits")
+        left, right = figure.subplots(1, 2, sharey=True)
+        _draw_curves(left, comparison, against="steps")
+        _draw_curves(right, comparison, against="seconds")
+        left.set_title("against steps")
+        right.set_title("against time")
+        right.set_ylabel("")
+        _outside_legend(figure, keys)
+    return figure
+
+
+def ledger_bars(comparison: Comparison) -> Figure:
+    """Draw for every method a bar from its ELBO through the gaps to the best known log p(x).
+
+    The axis begins where the differences do. Values are means over the seeds.
+    """
+    bars = ledger(comparison)
+    with _styled():
+        keys = _bar_handles(bars)
+        figure = _figure(11.0 + _room_for_names(bars), 1.8 + 0.42 * len(bars) + _legend_height(keys, 11.0))
+        _head(figure, f"{_title(comparison)}: where the nats go")
+        left, right = figure.subplots(1, 2, width_ratios=[1.0, 0.78])
+        _draw_bars(left, bars)
+        _draw_numbers(right, bars)
+        _outside_legend(figure, keys)
+    return figure
+
+
+def latent_space(comparison: Comparison, labels: Tensor | None = None) -> Figure | None:
+    """Draw the means of q(z given x) for a continuous latent of two dimensions, a panel per method (first seed).
+
+    Parameters
+    ----------
+    comparison : Comparison
+        Fits that still have their rows; those of a loaded comparison do not.
+    labels : Tensor (N,), optional
+        Class of each row, for the colours; by default ``comparison.labels`` where there is such a thing.
+
+    Returns
+    -------
+    Figure or None
+        None if no fit has a latent of two dimensions per datum.
+    """
+    if labels is None:
+        labels = getattr(comparison, "labels", None)
+    panels = [(fit, means) for fit in _first_fits(comparison) if (means := _means(fit)) is not None]
+    if not panels:
+        return None
+    classes = None if labels is None else np.asarray(labels)
+    with _styled():
+        columns = min(3, len(panels))
+        rows = math.ceil(len(panels) / columns)
+        figure = _figure(max(5.0, 3.7 * columns), 3.7 * rows + 1.0)
+        _head(figure, f"{_title(comparison)}: latent space")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for ax, (fit, means) in zip(axes.flat, panels, strict=False):
+            _scatter(ax, means, classes)
+            ax.set_title(f"{_short(fit.method)}, seed {fit.seed}")
+        for ax in axes.flat[len(panels) :]:
+            ax.set_axis_off()
+        if classes is not None:
+            _label_key(figure, axes, classes)
+    return figure
+
+
+def figures(comparison: Comparison) -> dict[str, Figure]:
+    """Return all figures by name: curves, ledger and, where there is one, latent_space."""
+    found = {"curves": curves(comparison), "ledger": ledger_bars(comparison), "latent_space": latent_space(comparison)}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write ``figure`` as PNG at 150 dots per inch and return the path."""
+    path = Path(path)
+    path.write_bytes(png(figure))
+    return path
+
+
+def png(figure: Figure) -> bytes:
+    """Return ``figure`` as a PNG file's content, at 150 dots per inch."""
+    content = io.BytesIO()
+    with _styled():
+        figure.savefig(content, format="png", dpi=DPI)
+    return content.getvalue()
+
+
+def ledger(comparison: Comparison) -> list[LedgerBar]:
+    """Return the ledger of every method, mean over its seeds, nats per datum, best evidence first."""
+    rows = comparison.data["rows"]
+    names = ("elbo", "amortization_gap", "approximation_gap", "gap", "log_evidence", "learning_gap")
+    bars = []
+    for method, means in comparison.summary.iterrows():
+        of_method = comparison.table[comparison.table["method"] == method]
+        means_per_datum = {name: float(means[name, "mean"]) / rows for name in names}
+        is_local = next(fit.guide.is_local for fit in comparison.fits if fit.method == method)
+        bars.append(LedgerBar(str(method), **means_per_datum, seeds=list(of_method["elbo"] / rows), is_local=is_local))
+    return bars
+
+
+def number(value: float, decimals: int) -> str:
+    """Return ``value`` with a proper minus sign and without a negative zero; an en dash for NaN."""
+    if not math.isfinite(value):
+        return NONE
+    text = f"{value:.{decimals}f}"
+    is_zero = not text.strip("-0.")
+    return text.lstrip("-") if is_zero else text.replace("-", "−")
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+class _Curve(NamedTuple):
+    """What is drawn of one fit, nats per datum; arrays are empty where there is nothing to draw."""
+
+    method: str
+    steps: Floats
+    seconds: Floats
+    elbo: Floats
+    evidence: Floats
+    final_elbo: float
+    final_evidence: float
+
+    def x(self, against: str) -> Floats:
+        return self.steps if against == "steps" else self.seconds
+
+
+def _curves(comparison: Comparison) -> list[_Curve]:
+    rows = comparison.data["rows"]
+    records = comparison.table.to_dict("records")
+    return [_curve(fit, record, rows) for fit, record in zip(comparison.fits, records, strict=True)]
+
+
+def _curve(fit: Fit, record: dict[Any, Any], rows: int) -> _Curve:
+    trajectory = fit.trajectory
+    return _Curve(
+        fit.method,
+        # The first step is 1, so that an axis can be logarithmic.
+        steps=trajectory["step"].to_numpy(float) + 1 if len(trajectory) else np.ones(1),
+        seconds=trajectory["seconds"].to_numpy(float).cumsum() if len(trajectory) else np.array([fit.seconds]),
+        elbo=_smooth(trajectory["elbo"].to_numpy(float) / rows),
+        evidence=trajectory["log_evidence"].to_numpy(float) / rows,
+        final_elbo=record["elbo"] / rows,
+        final_evidence=record["log_evidence"] / rows,
+    )
+
+
+def _smooth(values: Floats) -> Floats:
+    """Average over a window that grows with the step, so that the quick beginning is not blurred."""
+    position = np.arange(len(values))
+    reach = (SMOOTHING * position).astype(int)
+    total = np.concatenate([[0.0], values.cumsum()])
+    first, last = position - reach, np.minimum(position + reach + 1, len(values))
+    smooth: Floats = (total[last] - total[first]) / (last - first)
+    return smooth
+
+
+def _draw_curves(ax: Axes, comparison: Comparison, against: str) -> None:
+    drawn = _curves(comparison)
+    looks = _looks(comparison)
+    for curve in drawn:
+        x, (colour, marker) = curve.x(against), looks[curve.method]
+        if len(curve.elbo):
+            shown = _thinned(len(x))
+            ax.plot(x[shown], curve.elbo[shown], color=colour, lw=1.1, alpha=0.9)
+            known = np.isfinite(curve.evidence)
+            ax.plot(x[known], curve.evidence[known], color=colour, lw=1.3, ls=(0, (4, 2)))
+        ends: dict[str, Any] = {"color": colour, "marker": marker, "ms": 6, "mew": 1.2, "ls": "none", "zorder": 4}
+        ax.plot(x[-1], curve.final_evidence, **ends, mfc="white")
+        ax.plot(x[-1], curve.final_elbo, **{**ends, "ms": 4.5})
+    best = _best_known(comparison)
+    if math.isfinite(best):
+        ax.axhline(best, color=FAINT, lw=1.2, ls=":", zorder=1)
+    ax.set_xlabel("step" if against == "steps" else "seconds of fitting, evaluation left out")
+    ax.set_ylabel("nats per datum")
+    ax.yaxis.set_major_formatter(_plain_formatter())
+    _limit_y(ax, drawn, best)
+    _scale_x(ax, drawn, against)
+
+
+def _thinned(length: int) -> npt.NDArray[np.int64]:
+    """Return the points to draw: all of a short line, geometrically spaced ones of a long one."""
+    if length <= DRAWN_POINTS:
+        return np.arange(length)
+    geometric = np.geomspace(1, length, DRAWN_POINTS).astype(np.int64) - 1
+    even = np.linspace(0, length - 1, DRAWN_POINTS).astype(np.int64)
+    return np.union1d(geometric, even)
+
+
+def _scale_x(ax: Axes, drawn: list[_Curve], against: str) -> None:
+    """Take a logarithmic axis where runs differ much in length, from where the first one comes into the picture."""
+    ends = np.array([curve.x(against)[-1] for curve in drawn])
+    if ends.max() <= LOG_RATIO * ends.min() or ends.min() <= 0:
+        return
+    bottom = ax.get_ylim()[0]
+    entries = [
+        curve.x(against)[(curve.elbo >= bottom) | (curve.evidence >= bottom)] for curve in drawn if len(curve.elbo)
+    ]
+    first = min([ends.min(), *(float(x[0]) for x in entries if len(x))])
+    ax.set_xscale("log")
+    low, high = 0.8 * max(first, 1e-6), 1.35 * float(ends.max())
+    ax.set_xlim(low, high)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0), numticks=8))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e5 else f"{value:.0e}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _limit_y(ax: Axes, drawn: list[_Curve], best: float) -> None:
+    """Show where the fits end and how they come there; their first wild steps may lie below."""
+    ends = _finite([value for c in drawn for value in (c.final_elbo, c.final_evidence)])
+    if not len(ends):
+        return
+    top = max(ends.max(), best if math.isfinite(best) else -math.inf)
+    lates = _finite([c.elbo[len(c.elbo) // EARLY] for c in drawn if len(c.elbo)])
+    late = float(lates.min()) if len(lates) else top
+    depth = max(1.35 * (top - ends.min()), top - late, 1e-6 * max(1.0, abs(top)))
+    ax.set_ylim(top - depth, top + 0.06 * depth)
+
+
+def _curve_handles(comparison: Comparison) -> list[Artist]:
+    drawn = _curves(comparison)
+    without = {curve.method for curve in drawn if not np.isfinite(curve.elbo).any()}
+    handles: list[Artist] = [
+        Line2D([], [], color=colour, marker=marker, ms=5, lw=1.8, label=_short(method) + _no_bound(method, without))
+        for method, (colour, marker) in _looks(comparison).items()
+    ]
+    neutral: dict[str, Any] = {"color": FAINT}
+    if len(without) < len(_looks(comparison)):
+        handles.append(Line2D([], [], **neutral, lw=1.1, label="ELBO, smoothed; a line per seed"))
+    if any(np.isfinite(curve.evidence).any() for curve in drawn):
+        handles.append(Line2D([], [], **neutral, lw=1.3, ls=(0, (4, 2)), label="log p(x) at the θ of the fit"))
+    handles += [
+        Line2D([], [], **neutral, marker="o", ms=4.5, ls="none", label="ELBO at the end"),
+        Line2D([], [], **neutral, marker="o", ms=6, mfc="white", ls="none", label="log p(x) at the end"),
+    ]
+    if math.isfinite(_best_known(comparison)):
+        handles.append(Line2D([], [], **neutral, lw=1.2, ls=":", label="best known log p(x)"))
+    return handles
+
+
+def _no_bound(method: str, without: set[str]) -> str:
+    return " (its objective is no ELBO)" if method in without else ""
+
+
+# ---- ledger ----------------------------------------------------------------------------------------------------------
+
+
+def _draw_bars(ax: Axes, bars: list[LedgerBar]) -> None:
+    places = np.arange(len(bars))
+    left, right = _bar_limits(bars)
+    cut = [max(bar.elbo - left, 0.0) if math.isfinite(bar.elbo) else 0.0 for bar in bars]
+    ax.barh(places, cut, left=left, height=0.56, label=ELBO, **SEGMENTS[ELBO])
+    for name in _segments_of(bars):
+        spans = [bar.segments().get(name, (left, 0.0)) for bar in bars]
+        ax.barh(
+            places,
+            [w for _, w in spans],
+            left=[s for s, _ in spans],
+            height=0.56,
+            label=name,
+            zorder=2,
+            **SEGMENTS[name],
+        )
+    for place, bar in zip(places, bars, strict=True):
+        if math.isfinite(bar.elbo):
+            ax.plot(bar.seeds, [place] * len(bar.seeds), ls="none", marker="|", ms=13, mew=1.3, color=INK, zorder=3)
+        else:
+            ax.annotate(
+                "no bound",
+                (left, place),
+                (7, 0),
+                textcoords="offset points",
+                va="center",
+                style="italic",
+                bbox=_PAPER,
+                zorder=4,
+            )
+    best = _first_finite([bar.best_known for bar in bars])
+    if math.isfinite(best):
+        ax.axvline(best, color=INK, lw=1.2, ls=":", zorder=3)
+    ax.set_yticks(places, [_short(bar.method) for bar in bars])
+    ax.set_ylim(len(bars) - 0.45, -0.75)
+    ax.set_xlim(left, right)
+    ax.grid(visible=False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel("nats per datum (the axis does not begin at 0)")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.xaxis.set_major_formatter(_plain_formatter())
+
+
+_PAPER = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+
+
+def _bar_limits(bars: list[LedgerBar]) -> tuple[float, float]:
+    bounds = _finite([value for bar in bars for value in (bar.elbo, *bar.seeds)])
+    lowest = bounds if len(bounds) else _finite([bar.log_evidence for bar in bars])
+    tops = _finite([bar.best_known for bar in bars])
+    if not len(lowest):
+        return -1.0, 0.0
+    top = max(float(tops.max()) if len(tops) else -math.inf, float(lowest.max()))
+    span = max(top - float(lowest.min()), 1e-6 * max(1.0, abs(top)))
+    return top - 1.22 * span, top + 0.05 * span
+
+
+def _segments_of(bars: list[LedgerBar]) -> list[str]:
+    present = {name for bar in bars for name in bar.segments()}
+    return [name for name in SEGMENTS if name in present]
+
+
+def _unsplit_texts(gap: str, columns: int) -> list[str]:
+    if columns == 1 or gap == NONE:
+        return [gap] * columns
+    return ["", f"together {gap}"]
+
+
+def _room_for_names(bars: list[LedgerBar]) -> float:
+    """Inches that long names of methods need beyond what every figure has for them."""
+    return LEGEND_INCHES_PER_LETTER * max(0, max(len(_short(bar.method)) for bar in bars) - 12)
+
+
+def _widest(bars: list[LedgerBar], name: str) -> float:
+    return max(bar.segments().get(name, (0.0, 0.0))[1] for bar in bars)
+
+
+def _draw_numbers(ax: Axes, bars: list[LedgerBar]) -> None:
+    """Write the figures of each bar beside it, nats per datum."""
+    ax.set_axis_off()
+    ax.set_xlim(0, 1)
+    ax.set_ylim(len(bars) - 0.45, -0.75)
+    heads, places = ["ELBO", "amortization\ngap", "approximation\ngap", "learning\ngap"], [0.20, 0.47, 0.77, 0.99]
+    if not any(bar.is_split for bar in bars):
+        heads, places = ["ELBO", "gap", "learning\ngap"], [0.24, 0.55, 0.86]
+    for place, head in zip(places, heads, strict=True):
+        ax.text(place, -0.45, head, ha="right", va="bottom", fontsize=8.5, color=FAINT)
+    for row, bar in enumerate(bars):
+        parts = [number(bar.amortization_gap, 4), number(bar.approximation_gap, 4)]
+        if not bar.is_split:
+            parts = _unsplit_texts(number(bar.gap, 4), columns=len(heads) - 2)
+        texts = [number(bar.elbo, 4), *parts, number(bar.learning_gap, 4)]
+        for place, text in zip(places, texts, strict=True):
+            ax.text(place, row, text, ha="right", va="center", fontsize=9)
+
+
+def _bar_handles(bars: list[LedgerBar]) -> list[Artist]:
+    left, right = _bar_limits(bars)
+    visible = [name for name in _segments_of(bars) if _widest(bars, name) > VISIBLE * (right - left)]
+    handles: list[Artist] = [Patch(label=name, **SEGMENTS[name]) for name in (ELBO, *visible)]
+    handles.append(Line2D([], [], color=INK, ls="none", marker="|", ms=11, mew=1.3, label="ELBO of each seed"))
+    if math.isfinite(_first_finite([bar.best_known for bar in bars])):
+        handles.append(Line2D([], [], color=INK, lw=1.2, ls=":", label="best known log p(x)"))
+    return handles
+
+
+# ---- latent space ----------------------------------------------------------------------------------------------------
+
+
+def _first_fits(comparison: Comparison) -> list[Fit]:
+    return list({fit.method: fit for fit in reversed(comparison.fits)}.values())[::-1]
+
+
+def _means(fit: Fit) -> Floats | None:
+    """Means of q for the rows of the fit, (N, 2); None unless the latent is one pair of reals per datum."""
+    if fit.x is None or not fit.guide.is_local or fit.guide.is_discrete:
+        return None
+    sites = fit.entry.latent_sites()
+    if len(sites) != 1 or sites[0].dim != 2 or not sites[0].is_real:
+        return None
+    means: Floats = fit.transform().detach().double().cpu().numpy()
+    return means
+
+
+def _scatter(ax: Axes, means: Floats, classes: npt.NDArray[Any] | None) -> None:
+    size = float(np.clip(9000 / len(means), 9, 40))
+    if classes is None:
+        ax.scatter(means[:, 0], means[:, 1], s=size, color=PALETTE[0], alpha=0.65, lw=0)
+    elif _is_continuous(classes):
+        ax.scatter(means[:, 0], means[:, 1], s=size, c=classes, cmap="viridis", alpha=0.8, lw=0)
+    else:
+        for look, value in _class_looks(classes):
+            of_class = means[classes == value]
+            ax.scatter(of_class[:, 0], of_class[:, 1], s=size, alpha=0.7, lw=0, **look)
+            # The name stands on its class, so that colours need not be told apart.
+            x, y = np.median(of_class, axis=0)
+            halo = [withStroke(linewidth=3, foreground="white")]
+            ax.text(x, y, f"{value}", ha="center", va="center", fontweight="bold", path_effects=halo, zorder=4)
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.set_xlabel("mean of z₁")
+    ax.set_ylabel("mean of z₂")
+
+
+def _is_continuous(classes: npt.NDArray[Any]) -> bool:
+    return len(np.unique(classes)) > MOST_CLASSES
+
+
+def _class_looks(classes: npt.NDArray[Any]) -> list[tuple[dict[str, Any], Any]]:
+    """Return colour and marker of each class; beyond the tenth they come again."""
+    looks = zip(itertools.cycle(CLASS_PALETTE), itertools.cycle(MARKERS), np.unique(classes).tolist(), strict=False)
+    return [({"color": colour, "marker": marker}, value) for colour, marker, value in looks]
+
+
+def _label_key(figure: Figure, axes: Any, classes: npt.NDArray[Any]) -> None:
+    if _is_continuous(classes):
+        scale = ScalarMappable(Normalize(classes.min(), classes.max()), "viridis")
+        figure.colorbar(scale, ax=list(axes.flat), label="label", shrink=0.8)
+        return
+    handles: list[Artist] = [Line2D([], [], ls="none", ms=6, label=f"{v}", **look) for look, v in _class_looks(classes)]
+    _outside_legend(figure, handles, title="label")
+
+
+# ---- what they share -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    """Draw in the project's style, whatever style the caller has, and put the caller's back."""
+    with matplotlib.rc_context(), matplotlib.style.context(["default", STYLE]):
+        yield
+
+
+def _figure(width: float, height: float, space: float = 0.02) -> Figure:
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=space))
+
+
+def _head(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontweight="bold", fontsize=11.5)
+
+
+def _title(comparison: Comparison) -> str:
+    seeds, data = comparison.table["seed"].nunique(), comparison.data
+    size = f"{data['rows']} rows, {seeds} seed{'' if seeds == 1 else 's'}"
+    return f"{_short(comparison.model)} on {_short(data['name'])} ({size})"
+
+
+def _short(name: str, length: int = 40) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _looks(comparison: Comparison) -> dict[str, tuple[str, str]]:
+    methods = comparison.table["method"].unique()
+    return {str(m): (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
+
+
+def _best_known(comparison: Comparison) -> float:
+    table = comparison.table
+    return _first_finite(list((table["log_evidence"] + table["learning_gap"]) / comparison.data["rows"]))
+
+
+def _first_finite(values: list[float]) -> float:
+    return next((value for value in values if math.isfinite(value)), math.nan)
+
+
+def _finite(values: list[float]) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    return array[np.isfinite(array)]
+
+
+def _plain_formatter() -> ScalarFormatter:
+    formatter = ScalarFormatter(useOffset=False)
+    formatter.set_scientific(False)
+    return formatter
+
+
+def _outside_legend(figure: FigureBase, handles: list[Artist], title: str | None = None) -> None:
+    """Put a legend below, in as many columns as the width of the figure takes."""
+    columns = _legend_columns(handles, figure.bbox.width / figure.dpi)  # type: ignore[attr-defined]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, title=title, columnspacing=1.6)
+
+
+def _legend_columns(handles: list[Artist], width: float) -> int:
+    return next((n for n in range(len(handles), 1, -1) if _legend_width(handles, n) <= width), 1)
+
+
+def _legend_height(handles: list[Artist], width: float) -> float:
+    """Height of a legend in inches, in a figure of this width in inches."""
+    return 0.2 + 0.2 * math.ceil(len(handles) / _legend_columns(handles, width))
+
+
+def _legend_width(handles: list[Artist], columns: int) -> float:
+    """Width of a legend in inches, roughly; its columns are filled one after the other."""
+    split = np.array_split(np.array([len(str(handle.get_label())) for handle in handles]), columns)
+    return float(sum(LEGEND_INCHES_PER_ENTRY + LEGEND_INCHES_PER_LETTER * lengths.max() for lengths in split))
