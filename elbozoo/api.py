@@ -189,7 +189,8 @@ def compare(
     chosen = [methods] if isinstance(methods, str) else list(methods)
     if out is not None:
         writable_directory(out)
-    results = from_results(run_comparison(model, rows.x, chosen, seeds, options, name=rows.name, progress=progress))
+    computed = run_comparison(model, rows.x, chosen, seeds, options, name=rows.name, progress=progress)
+    results = from_results(computed, rows.labels)
     if out is not None:
         results.save(out)
     return results

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from elbozoo import plots, report
 from elbozoo.inference.comparison import Comparison as Results
 
 
+@dataclass(frozen=True)
 class Comparison(Results):
-    """Fits of several methods from several seeds on the same rows, with plot and report."""
+    """Fits of several methods from several seeds on the same rows, with plot and report.
+
+    Attributes
+    ----------
+    labels : Tensor (N,) or None
+        Class of each row where the data have classes; they colour pictures, and no method sees them.
+    """
+
+    labels: Tensor | None = None
 
     def plot(self) -> Figure:
         """Draw objective and evidence against steps beside the ledger as stacked bars."""
@@ -30,6 +41,6 @@ class Comparison(Results):
         return folder
 
 
-def from_results(results: Results) -> Comparison:
+def from_results(results: Results, labels: Tensor | None = None) -> Comparison:
     """Give the results of the inference layer their pictures."""
-    return Comparison(**{name: getattr(results, name) for name in results.__dataclass_fields__})
+    return Comparison(**{field.name: getattr(results, field.name) for field in fields(results)}, labels=labels)
