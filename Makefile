@@ -41,7 +41,7 @@ docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/installed
-	set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
 wheel: $(VENV)/installed-dev
 	rm -rf build dist
