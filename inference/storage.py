@@ -55,6 +55,9 @@ def read_fit(directory: str | Path) -> dict[str, Any]:
         If the directory holds no fit, or one that is damaged or of another format.
     """
     folder = Path(directory)
+    for name in (CARD, MODEL, GUIDE, TRAJECTORY):
+        if not (folder / name).is_file():
+            raise InvalidInput(f"{folder}: found no file {name}, expected a directory written by Fit.save")
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         if card["format"] != FORMAT:
@@ -62,11 +65,9 @@ def read_fit(directory: str | Path) -> dict[str, Any]:
                 f"{folder}: found a fit of format {card['format']}, expected {FORMAT}: fit again with this version"
             )
         return _restore(card, folder)
-    except FileNotFoundError as error:
-        raise InvalidInput(
-            f"{folder}: found no file {Path(error.filename).name}, expected a directory written by Fit.save"
-        ) from None
-    except (json.JSONDecodeError, KeyError, SafetensorError, RuntimeError) as error:
+    except InvalidInput:
+        raise
+    except (KeyError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidInput(
             f"{folder}: the saved fit is damaged ({str(error).splitlines()[0]}); expected files as Fit.save wrote them"
         ) from None
