@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import pyro
 import torch
 from pyro import poutine
 from scipy.stats import norm, qmc
@@ -21,7 +22,7 @@ from torch.distributions import Distribution
 from elbozoo.guides.base import GuideOptions
 from elbozoo.guides.families import FAMILIES, Family, LowRankNormal, Reshaped
 from elbozoo.guides.local import LocalGuide
-from elbozoo.inference.weights import log_joint
+from elbozoo.inference.weights import PARTICLE_DIM, log_joint
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, HasPosterior
 from elbozoo.models.contract.isolation import isolated
@@ -30,6 +31,7 @@ from elbozoo.models.contract.sites import LatentSite
 GAIN = 1e-4
 ITERATIONS = 100
 SETTLED = 1e-6
+PRIOR_DRAWS, NARROW = 256, 0.1
 LEAST_RATE = 1e-3
 PATIENCE = 3
 ADAM_RATE, ADAM_BLOCK, ADAM_BLOCKS = 0.02, 50, 100
@@ -51,8 +53,8 @@ def best_member(
 ) -> BestMember | None:
     """Return the free guide of ``family`` with the largest ELBO for the rows ``x`` (N, D) at the entry's θ.
 
-    Where the maximum is searched, the search begins at the prior and, if given, once more at ``start``
-    (batch shape (N,)); the better end of the two is kept for each row.
+    Where the maximum is searched, the search begins narrowly at the likeliest of many prior draws and, if
+    given, once more at ``start`` (batch shape (N,)); the better end of the two is kept for each row.
 
     Returns None for a family that has no bound (``delta``), and where there is no search: for more than one
     latent site, or a support other than the real vectors.
@@ -70,7 +72,7 @@ def best_member(
     if not sites[0].is_real:
         return None
     search = _Search(entry, sites[0], x, diagonal=family != "full-rank-normal")
-    normal, converged = search.run([_prior(entry, sites[0], x), *([_normals(start)] if start is not None else [])])
+    normal, converged = search.run([search.likeliest(), *([_normals(start)] if start is not None else [])])
     member = guide.families[sites[0].name]
     if isinstance(member, LowRankNormal):
         values, converged = search.refine(member, member.near_diagonal(normal))
@@ -132,6 +134,24 @@ class _Search:
         self.entry, self.site, self.x, self.diagonal = entry, site, x, diagonal
         nodes, weights = gaussian_nodes(site.dim)
         self.nodes, self.weights = nodes.to(x.dtype), weights.to(x.dtype)
+
+    def likeliest(self) -> _Normals:
+        """Return narrow normals at the draw of the prior with the largest log p(x, z), for each row.
+
+        From a q as wide as the prior, a sharp posterior shows neither its place nor its curvature.
+        """
+        batch = Batch.full(self.x)
+        with isolated(0), torch.no_grad():
+            with pyro.plate("particles", PRIOR_DRAWS, dim=PARTICLE_DIM):
+                node = poutine.trace(self.entry).get_trace(batch).nodes[self.site.name]
+            draws = node["value"].expand(PRIOR_DRAWS, len(self.x), *self.site.event_shape)
+            rows = max(1, CHUNK_ELEMENTS // (PRIOR_DRAWS * self.x.shape[1]))
+            spans = [slice(i, i + rows) for i in range(0, len(self.x), rows)]
+            parts = [log_joint(self.entry, Batch.full(self.x[s]), {self.site.name: draws[:, s]}) for s in spans]
+        best = torch.cat(parts, -1).argmax(0)
+        mean = draws[best, torch.arange(len(self.x))].reshape(len(self.x), self.site.dim)
+        spread = NARROW * draws.reshape(-1, self.site.dim).std(0)
+        return _Normals(mean, torch.diag(spread**-2).expand(len(self.x), -1, -1).clone())
 
     def run(self, starts: list[_Normals]) -> tuple[torch.distributions.MultivariateNormal, bool]:
         ends = [self._ascend(start) for start in starts]
@@ -220,18 +240,6 @@ class _Search:
         slope = torch.einsum("s,sni->ni", self.weights, slopes)
         curvature = q.precision @ torch.einsum("s,sni,snj->nij", self.weights, offsets, slopes)
         return self.weights @ log_density.detach() + entropy, slope, (curvature + curvature.mT) / 2
-
-
-def _prior(entry: Entry, site: LatentSite, x: Tensor) -> _Normals:
-    with isolated(0), torch.no_grad():
-        prior = poutine.trace(entry).get_trace(Batch.full(x)).nodes[site.name]["fn"]
-    mean = prior.mean.reshape(-1, site.dim).expand(len(x), -1)
-    return _Normals(mean, torch.diag_embed(1 / prior.variance.reshape(-1, site.dim).expand(len(x), -1)))
-
-
-def _vectors(q: Distribution) -> Distribution:
-    """Return ``q`` over real vectors, whatever the shape of the site's draws."""
-    return q.base_dist if isinstance(q, Reshaped) else q
 
 
 def _normals(q: Distribution) -> _Normals:
