@@ -19,7 +19,7 @@ from elbozoo.models.contract.entry import Entry, capabilities
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.options import Options
 from elbozoo.models.contract.registry import entry_names, get_entry, list_models
-from elbozoo.tutorial import write_tutorial
+from elbozoo.tutorials import write_tutorial
 
 __all__ = [
     "compare",

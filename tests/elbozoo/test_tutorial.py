@@ -14,14 +14,14 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from elbozoo import notebook, tutorial
+from elbozoo import notebook, tutorials
 from elbozoo.guides.registry import guide_names
 from elbozoo.models import entry_names, get_entry
 from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
 from elbozoo.notebook import Code, Text, execute
 from elbozoo.pages import attributes_table, code_block, options_table, page_parts
 from elbozoo.plots import number
-from elbozoo.tutorial import write_tutorial
+from elbozoo.tutorials import write_tutorial
 
 MODEL, GUIDE = "ppca", "mean-field"
 NETWORKS = {"vae"}
@@ -35,7 +35,7 @@ def short_runs() -> Iterator[None]:
     """A page in a second: what it says is another matter, that it says what was computed is tested."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"ROWS": 30, "SEEDS": 1, "STEPS": 40, "DRAWS": 50}.items():
-            patch.setattr(tutorial, name, value)
+            patch.setattr(tutorials, name, value)
         yield
 
 
@@ -202,7 +202,7 @@ def test_bad_input_is_refused_before_the_run(
     def run(cells: object) -> None:
         raise AssertionError("the run began")
 
-    monkeypatch.setattr(tutorial, "execute", run)
+    monkeypatch.setattr(tutorials, "execute", run)
     (tmp_path / "folder.md").mkdir()
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "taken_files").write_text("not a folder")
@@ -223,7 +223,7 @@ def test_failure_leaves_the_old_page(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     page = tmp_path / "page.md"
     page.write_text("an older page")
-    monkeypatch.setattr(tutorial, "execute", fail)
+    monkeypatch.setattr(tutorials, "execute", fail)
     with pytest.raises(NumericalFailure):
         write_tutorial("ppca", page)
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
