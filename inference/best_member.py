@@ -242,6 +242,11 @@ class _Search:
         return self.weights @ log_density.detach() + entropy, slope, (curvature + curvature.mT) / 2
 
 
+def _vectors(q: Distribution) -> Distribution:
+    """Return ``q`` over real vectors, whatever the shape of the site's draws."""
+    return q.base_dist if isinstance(q, Reshaped) else q
+
+
 def _normals(q: Distribution) -> _Normals:
     q = _vectors(q)
     covariance = getattr(q, "covariance_matrix", None)
