@@ -112,7 +112,7 @@ def valid_seed(seed: Any) -> int:
     InvalidInput
         For anything but an integer from 0 to 2**32 - 1.
     """
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < SEEDS:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < SEEDS:
         raise InvalidInput(f"option seed: found {seed!r}, expected int >= 0, < 2**32")
     return int(seed)
 

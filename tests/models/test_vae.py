@@ -191,8 +191,8 @@ def test_gradients_agree_with_finite_differences(likelihood: str) -> None:
 @pytest.mark.parametrize(
     ("x", "options", "message"),
     [
-        (torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, -2.0]]), {}, "found -2 in column 1, row 2.*likelihood=normal"),
-        (torch.tensor([[0.0, 1.0], [0.5, 0.0], [1.0, 1.0]]), {}, "found 0.5 in column 0, row 1.*digits-binary"),
+        (torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, -2.0]]), {}, "found -2 in column 2, row 3.*likelihood=normal"),
+        (torch.tensor([[0.0, 1.0], [0.5, 0.0], [1.0, 1.0]]), {}, "found 0.5 in column 1, row 2.*digits-binary"),
         (torch.zeros(9, 2), {"latent_dim": 3}, "latent_dim: found 3 for 9 rows x 2 columns, expected at most 2"),
         (torch.zeros(3, 8), {"latent_dim": 3}, "latent_dim: found 3 for 3 rows x 8 columns, expected at most 2"),
         (torch.zeros(9, 2), {"latent_dim": 0}, "latent_dim: found 0, expected int >= 1"),
