@@ -86,7 +86,8 @@ class PPCA(Entry):
         if options.latent_dim >= rank:
             raise InvalidInput(
                 f"option latent_dim: found {options.latent_dim} for {len(x)} rows x {x.shape[1]} columns "
-                f"whose centred rank is {rank}, expected at most {rank - 1}: with more the noise vanishes and the likelihood is unbounded"
+                f"whose centred rank is {rank}, expected at most {rank - 1}: with more the noise vanishes and the "
+                "likelihood is unbounded"
             )
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:

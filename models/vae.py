@@ -191,9 +191,10 @@ def _check_binary(x: Tensor) -> None:
     strange = ((x != 0) & (x != 1)).nonzero()
     if len(strange):
         row, column = strange[0].tolist()
+        where = f"column {column + 1}, row {row + 1} (counted from 1)"
         raise InvalidInput(
-            f"likelihood=bernoulli: found {x[row, column].item():g} in column {column + 1}, row {row + 1} (counted "
-            "from 1), expected only 0 and 1; set likelihood=normal, or bring data of zeros and ones such as digits-binary"
+            f"likelihood=bernoulli: found {x[row, column].item():g} in {where}, expected only 0 and 1; "
+            "set likelihood=normal, or bring data of zeros and ones such as digits-binary"
         )
 
 
