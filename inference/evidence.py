@@ -20,6 +20,7 @@ from elbozoo.models.numerics.quadrature import Quadrature, log_integral
 PARTICLES = 1000
 CHUNK_ROWS = 65_536
 QUADRATURE_TOLERANCE = 1e-5  # nats per datum
+HARD_ROW, HARD_ROW_NODES = 1e-4, 2**18  # rows whose error is above this, nats, are integrated again with more nodes
 
 
 class Evidence(NamedTuple):
@@ -87,15 +88,24 @@ def _quadrature(entry: Entry, x: Tensor) -> Evidence:
     sites = entry.latent_sites()
     with isolated(0), torch.no_grad():
         centre, scale = _prior_moments(entry, sites, x)
-        result: Quadrature = log_integral(
-            lambda index, nodes: _log_joint_shared(entry, sites, x[index], nodes),
-            lambda index, nodes: _log_joint_rowwise(entry, sites, x[index], nodes),
-            len(x),
-            centre,
-            scale,
-            tolerance=QUADRATURE_TOLERANCE,
-        )
-    return Evidence(float(result.log_value.sum()), float(result.error.sum()), "quadrature", result.log_value)
+
+        def integrate(rows: Tensor, **limits: int) -> Quadrature:
+            return log_integral(
+                lambda index, nodes: _log_joint_shared(entry, sites, rows[index], nodes),
+                lambda index, nodes: _log_joint_rowwise(entry, sites, rows[index], nodes),
+                len(rows),
+                centre,
+                scale,
+                tolerance=QUADRATURE_TOLERANCE,
+                **limits,
+            )
+
+        value, error, _ = integrate(x)
+        hard = error > HARD_ROW
+        if hard.any():
+            again = integrate(x[hard], own_nodes=HARD_ROW_NODES)
+            value[hard], error[hard] = again.log_value, again.error
+    return Evidence(float(value.sum()), float(error.sum()), "quadrature", value)
 
 
 def _prior_moments(entry: Entry, sites: list[LatentSite], x: Tensor) -> tuple[Tensor, Tensor]:
