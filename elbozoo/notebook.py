@@ -163,13 +163,14 @@ def _markdown_blocks(cell: Executed, page: Path, pictures: dict[str, bytes]) -> 
         if isinstance(picture, bytes):
             name = f"figure-{len(pictures) + 1}.png"
             pictures[name] = picture
-            yield f"![{cell.alt}]({quote(_pictures(page).name)}/{name})"
+            yield f"![{cell.alt}]({_pictures(page).name}/{name})"
         else:
             yield code_block(str(output.data["text/plain"]).rstrip(), "text")
 
 
 def _pictures(page: Path) -> Path:
-    return page.with_name(f"{page.stem}_files")
+    # Not every reader of Markdown turns the %20 of a link back into the space of a file's name.
+    return page.with_name(f"{quote(page.stem).replace('%', '-')}_files")
 
 
 # ---- Jupyter ---------------------------------------------------------------------------------------------------------

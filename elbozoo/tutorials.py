@@ -234,7 +234,7 @@ figure.tight_layout()
 """
 _BINARY = """
 figure, axes = plt.subplots(figsize=(9, 2.5))
-axes.imshow(data.x.T, aspect="auto", cmap="Greys", interpolation="nearest")
+axes.imshow(data.x.T.numpy(), aspect="auto", cmap="Greys", interpolation="nearest")
 axes.set(xlabel="row", ylabel="column", title="ones are black")
 figure.tight_layout()
 """

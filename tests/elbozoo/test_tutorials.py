@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ PICTURE = re.compile(r"!\[(.+)\]\((.+)\)")
 PNG = b"\x89PNG\r\n"
 
 
-@pytest.fixture(scope="module")
+@contextmanager
 def short_runs() -> Iterator[None]:
     """A page in a second: what it says is another matter, that it says what was computed is tested."""
     with pytest.MonkeyPatch.context() as patch:
@@ -40,11 +41,12 @@ def short_runs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(short_runs: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the same page in both formats."""
     path = tmp_path_factory.mktemp("tutorials")
-    for suffix in (".md", ".ipynb"):
-        assert write_tutorial(MODEL, path / f"page{suffix}", guide=GUIDE) == path / f"page{suffix}"
+    with short_runs():
+        for suffix in (".md", ".ipynb"):
+            assert write_tutorial(MODEL, path / f"page{suffix}", guide=GUIDE) == path / f"page{suffix}"
     return path
 
 
@@ -152,18 +154,19 @@ def test_page_teaches_the_pair(folder: Path) -> None:
     assert headings[-3:] == ["What goes wrong", "Exercises", "References"]
 
 
-def some_guides(model: str) -> list[str]:
-    """The default, and for entries that are quick the guides that differ most from it."""
-    if model in NETWORKS:
-        return [GUIDE]
-    wanted = ("exact", "delta", "laplace", "free-delta", "shared-full-rank-normal", "amortized-categorical")
-    return [GUIDE, *(name for name in wanted if name in guide_names(get_entry(model).example()))]
+def pairs() -> Iterator[Any]:
+    """Every entry with the default guide, and those that are quick with the guides that differ most from it."""
+    for model in entry_names():
+        yield model, GUIDE
+        fitting = [] if model in NETWORKS else guide_names(get_entry(model).example())
+        wanted = ("exact", "delta", "laplace", "free-delta", "shared-full-rank-normal", "amortized-categorical")
+        yield from (pytest.param(model, guide, marks=pytest.mark.slow) for guide in wanted if guide in fitting)
 
 
-@pytest.mark.parametrize(("model", "guide"), [(m, g) for m in entry_names() for g in some_guides(m)])
-def test_any_pair_makes_a_page(short_runs: None, tmp_path: Path, model: str, guide: str) -> None:
-    page = write_tutorial(model, tmp_path / "page.md", guide=guide)
-    text = page.read_text(encoding="utf-8")
+@pytest.mark.parametrize(("model", "guide"), list(pairs()))
+def test_any_pair_makes_a_page(tmp_path: Path, model: str, guide: str) -> None:
+    with short_runs():
+        text = write_tutorial(model, tmp_path / "page.md", guide=guide).read_text(encoding="utf-8")
     assert f"the guide `{guide}`" in text
     prose = re.sub(r"^(`{3,}).*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
     assert not re.search(r"\bnan\b|\binf\b|\bNone\b", prose)
@@ -279,6 +282,14 @@ def test_execution_leaves_no_trace() -> None:
 def test_error_in_a_cell_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         execute([Code("1 / 0")])
+
+
+def test_links_to_pictures_need_no_quotes(tmp_path: Path) -> None:
+    cells = execute([Code("import matplotlib.pyplot as plt\nfigure = plt.figure()", alt="an empty picture")])
+    page = notebook.write_page(cells, tmp_path / "a page, 第一.md")
+    ((_, path),) = PICTURE.findall(page.read_text(encoding="utf-8"))
+    assert re.fullmatch(r"[\w./-]+", path, flags=re.ASCII)
+    assert (tmp_path / path).read_bytes().startswith(PNG)
 
 
 def test_fences_hold_what_contains_fences() -> None:
