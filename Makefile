@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS)
 .PHONY: demo test test-all lint types docs bench wheel clean
 
 demo: $(VENV)/installed
-	$(BIN)/elbozoo compare ppca --data wine --seeds 3 --set latent_dim=2 --out runs/demo
+	$(BIN)/elbozoo compare vae --data wine-standardised --seeds 3 --set likelihood=normal --set hidden=16 --out runs/demo
 
 test: $(VENV)/installed-test
 	$(PYTEST) -m "not slow and not peers" $(TESTS)

@@ -19,7 +19,7 @@ REPEATS = 5
 
 
 def alternate(ours: Callable[[], float], peer: Callable[[], float], repeats: int = REPEATS) -> dict[str, Any]:
-    """Time both in turn, after a warm-up of each; a callable returns what it reached, so that the work can be compared."""
+    """Time both in turn, after a warm-up; a callable returns what it reached, so that both can be held equal."""
     reached = {"ours": ours(), "peer": peer()}
     seconds: dict[str, list[float]] = {"ours": [], "peer": []}
     for _ in range(repeats):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elbozoo.inference.fit import Fit, closed_form_evidence
 from elbozoo.inference.ledger import Ledger
-from elbozoo.inference.method import plan, valid_seed
+from elbozoo.inference.method import check_read, plan, valid_seed
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Program
 from elbozoo.models.contract.errors import InvalidInput
@@ -151,6 +151,7 @@ def run_comparison(
     """
     chosen = _seeds(seeds)
     plans = [plan(model, x, method, options) for method in _unique(methods)]
+    check_read(plans)
     fits = []
     for each in plans:
         for seed in chosen:

@@ -57,9 +57,13 @@ def log_evidence(entry: Entry, x: Tensor) -> Evidence | None:
 def estimate_evidence(weights: Weights) -> Evidence:
     """Importance-sampled estimate of the evidence (an IWAE bound), with the delta method's standard error.
 
-    In expectation the value is a lower bound of log p(x) for every number of draws (Burda et al. 2016).
+    In expectation the value is a lower bound of log p(x) for every number of draws (Burda et al. 2016). Where the
+    latent was enumerated, the weights add up to p(x) itself, and the evidence is exact.
     """
     marginal = weights.marginal()
+    if weights.is_enumerated and len(marginal) == 1:
+        per_datum = marginal[0]
+        return Evidence(float(per_datum.sum()), 0.0, "exact", per_datum)
     draws = len(marginal)
     per_datum = torch.logsumexp(marginal, 0) - math.log(draws)
     relative = (marginal - per_datum).exp()

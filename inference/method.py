@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -67,6 +67,15 @@ class Plan:
         with isolated(seed):
             return _RUNNERS.get(self.method, _run_guide)(self, entry, x, seed, progress)
 
+    def reads(self) -> set[str]:
+        """Return the names of the options that this fit reads."""
+        schemas: tuple[type[Options], ...] = (GuideOptions, TrainingOptions)
+        if self.method == "em":
+            schemas = (EMOptions,) if isinstance(self.entry, SupportsEM) else (MonteCarloEMOptions,)
+        elif self.method == "closed-form":
+            schemas = ()
+        return {name for schema in (type(self.entry.options), *schemas) for name in schema.model_fields}
+
     def schema(self, cls: type[Options]) -> Any:
         """Return the options of this plan that ``cls`` declares, validated."""
         return cls.parse({k: v for k, v in self.options.items() if k in cls.model_fields})
@@ -102,6 +111,21 @@ def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any]) -> Plan
     if canonical not in ("em", "closed-form"):
         _check_objective(result)
     return result
+
+
+def check_read(plans: Sequence[Plan]) -> None:
+    """Refuse an option that none of ``plans`` reads: ignored, it would answer another question.
+
+    Raises
+    ------
+    InvalidInput
+        With the options that are read.
+    """
+    read = set().union(*(each.reads() for each in plans))
+    for name in plans[0].options:
+        if name not in read:
+            labels = ", ".join(each.label for each in plans)
+            raise InvalidInput(f"option {name!r} is not read by {labels}; expected one of {', '.join(sorted(read))}")
 
 
 def valid_seed(seed: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, Protocol
 
@@ -123,10 +124,15 @@ def run_svi(
     step = make_step(entry, guide, objective, particles, options)
     schedule = _Schedule(options)
     try:
-        with progress_bar(f"{entry.name()} {guide.name}", options.steps, progress) as report:
+        with (
+            progress_bar(f"{entry.name()} {guide.name}", options.steps, progress) as report,
+            warnings.catch_warnings(),
+        ):
+            # Pyro warns of a loss that is not finite; here it ends the fit, with more to say.
+            warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)
             for count, rows in enumerate(_minibatches(batch, _batch_size(batch, guide, options))):
                 if count == options.steps:
-                    return SVIResult(trajectory, converged=options.schedule != "plateau", interrupted=False)
+                    return SVIResult(trajectory, converged=options.schedule == "cosine", interrupted=False)
                 before = time.perf_counter()
                 objective_value = -_guarded(step, rows, entry, guide, count)
                 seconds = time.perf_counter() - before

@@ -30,7 +30,7 @@ def rotated(latent_dim: int) -> tuple[Entry, Entry, torch.Tensor, float]:
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 4])
 def test_natural_gradients_find_the_closed_form(latent_dim: int) -> None:
-    """With the posterior hidden, the search ends within 1e-4 nats per datum of ½(Σ log M_ii - log det M), or of zero."""
+    """With the posterior hidden, the search ends within 1e-4 nats per datum of ½(Σ log M_ii - log det M), or 0."""
     entry, hidden, x, gap = rotated(latent_dim)
     for family, expected in (("diagonal-normal", gap), ("full-rank-normal", 0.0)):
         best = best_member(hidden, family, x, GuideOptions())

@@ -81,7 +81,7 @@ def test_enumeration_by_pyro_is_a_second_oracle() -> None:
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_offset_and_scale_of_the_data_change_nothing(covariance: str) -> None:
-    """At offset 1e6 and scale 1e-3 responsibilities are those of the plain data (1e-5), where raw moments would cancel."""
+    """At offset 1e6 and scale 1e-3 responsibilities are those of the plain data (1e-4); raw moments would cancel."""
     x = ez.load_data("iris").x
     plain = ez.fit("gaussian-mixture", x, method="em", covariance=covariance, restarts=1)
     moved = ez.fit("gaussian-mixture", 1e-3 * x + 1e6, method="em", covariance=covariance, restarts=1)
@@ -92,7 +92,7 @@ def test_offset_and_scale_of_the_data_change_nothing(covariance: str) -> None:
 
 
 def test_free_and_exact_guides_reach_em() -> None:
-    """With q free per datum and enumerated, SVI climbs the bound to where EM ends (0.01 nats per datum); shared cannot."""
+    """With q free per datum and enumerated, SVI climbs to where EM ends (0.01 nats per datum); shared cannot."""
     x = ez.load_data("iris").x
     em = ez.fit("gaussian-mixture", x, method="em", restarts=4)
     exact = ez.fit("gaussian-mixture", x, guide="exact")
