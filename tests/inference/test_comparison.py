@@ -14,6 +14,9 @@ from elbozoo.inference.comparison import ROW, SUMMARISED
 from elbozoo.models.contract.errors import InvalidInput
 
 
+pytestmark = pytest.mark.xdist_group("comparison")
+
+
 @pytest.fixture(scope="module")
 def comparison() -> ez.Comparison:
     """Four methods and two seeds of factor analysis on wine."""

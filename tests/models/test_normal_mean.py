@@ -39,7 +39,7 @@ def test_a_far_offset_does_not_cancel() -> None:
     [("mean-field", 0.05), ("full-rank", 0.05), ("low-rank", 0.1), ("laplace", 0.01), ("flow", 1.5)],
 )
 def test_autoguides_reach_the_evidence(guide: str, tolerance: float) -> None:
-    """The posterior is a diagonal normal, which all families but the point mass contain: gap within `tolerance` nats."""
+    """The posterior is a diagonal normal, which all families but the point mass have: gap within `tolerance` nats."""
     x = ez.load_data("iris").x
     fit = ez.fit("normal-mean", x, guide=guide)
     ledger = fit.full_ledger()
