@@ -13,7 +13,6 @@ import elbozoo as ez
 from elbozoo.inference.comparison import ROW, SUMMARISED
 from elbozoo.models.contract.errors import InvalidInput
 
-
 pytestmark = pytest.mark.xdist_group("comparison")
 
 
