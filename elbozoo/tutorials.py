@@ -250,9 +250,10 @@ fit = ez.fit("{s.model}", data, guide="{s.guide}", seed=0, **settings)
 ledger = fit.ledger()
 ledger
 """
+    over = "θ and q together" if _learns(s.entry) else "q; there is no θ to learn"
     text = (
-        "The ELBO is raised over θ and q together. The settings keep this page short; without them a fit goes on until "
-        "the ELBO no longer rises. The ledger says how far the bound is from the truth, and why, in nats over all rows."
+        f"The ELBO is raised over {over}. The settings keep this page short; without them a fit goes on until the ELBO no "
+        "longer rises. The ledger says how far the bound is from the truth, and why, in nats over all rows."
     )
     return [
         Text(f"## Fit\n\n{text}"),
@@ -281,7 +282,7 @@ def _ledger_sentences(s: Subject, fit: Fit, ledger: pd.Series) -> Iterator[str]:
     if ledger.khat_share > 0:
         share = number(100 * ledger.khat_share, 1)
         yield f"Pareto k-hat is above 0.7 for {share} % of the data: importance weights cannot correct q there."
-    if _learns(fit) and not math.isnan(ledger.learning_gap):
+    if _learns(fit.entry) and not math.isnan(ledger.learning_gap):
         yield f"The learned θ lies {_nats(ledger, 'learning_gap')} of log p(x) below the best one: the learning gap."
 
 
@@ -321,8 +322,9 @@ def _touches(figures: pd.Series) -> bool:
     return bool(abs(figures["gap"]) <= max(1e-6, 2 * figures["elbo_se"]))
 
 
-def _learns(fit: Fit) -> bool:
-    return any(parameter.requires_grad for parameter in fit.entry.parameters())
+def _learns(entry: Entry) -> bool:
+    """Whether there is a θ to learn."""
+    return any(parameter.requires_grad for parameter in entry.parameters())
 
 
 # ---- posterior -------------------------------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ def _posterior(s: Subject) -> list[Text | Code]:
     else:
         source, text = _MOMENTS if sites[0].is_local else _DENSITY, _moments_text
     return [
-        Text("## q against the exact posterior\n\nThis model's posterior is known, at the fitted θ as at any other."),
+        Text("## q against the exact posterior\n\nThis model's posterior is known."),
         Code(source.format(site=sites[0].name, draws=DRAWS), alt=f"q of {s.guide} against the exact posterior"),
         Text(text),
     ]
@@ -426,7 +428,7 @@ def _methods_text(comparison: Comparison) -> str:
 
 
 def _method_clauses(fit: Fit, figures: pd.Series) -> Iterator[str]:
-    if _learns(fit):
+    if _learns(fit.entry):
         yield f"log p(x) reaches {_nats(figures, 'log_evidence')}"
         if not math.isnan(figures.learning_gap):
             yield f"{_nats(figures, 'learning_gap')} below the best known"
@@ -450,7 +452,7 @@ def _climb_text(fit: Fit, ledger: pd.Series) -> str:
         f"The first step of `{fit.method}` saw an ELBO of {number(first.elbo, 2)} nats; at the end it was "
         f"{number(ledger.elbo - first.elbo, 2)} higher"
     )
-    if not _learns(fit):
+    if not _learns(fit.entry):
         return f"{climb}. There is no θ to learn, so a better q did all of it."
     gain = ledger.log_evidence - first.log_evidence
     if gain < 0:
