@@ -14,7 +14,8 @@ from torch import Tensor
 
 from elbozoo.inference.fit import Fit, closed_form_evidence
 from elbozoo.inference.ledger import Ledger
-from elbozoo.inference.method import check_read, plan, valid_seed
+from elbozoo.inference.method import Plan, check_read, plan, valid_seed
+from elbozoo.inference.progress import progress_bar
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Program
 from elbozoo.models.contract.errors import InvalidInput
@@ -152,15 +153,31 @@ def run_comparison(
     chosen = _seeds(seeds)
     plans = [plan(model, x, method, options) for method in _unique(methods)]
     check_read(plans)
-    fits = []
-    for each in plans:
-        for seed in chosen:
-            fits.append(each.run(seed, progress=progress))
-            on_fit(fits[-1])
-    ledgers = _with_learning_gaps([fit.full_ledger() for fit in fits], closed_form_evidence(fits[0].entry, x))
+    fits = _fits(plans, chosen, progress, on_fit)
+    ledgers = _with_learning_gaps(_ledgers(fits, progress), closed_form_evidence(fits[0].entry, x))
     table = pd.DataFrame([_row(fit, ledger) for fit, ledger in zip(fits, ledgers, strict=True)])
     data = {"name": name, "rows": x.shape[0], "columns": x.shape[1]}
     return Comparison(fits[0].model, data, fits, table, dict(options))
+
+
+def _fits(plans: list[Plan], seeds: list[int], progress: bool, on_fit: Callable[[Fit], None]) -> list[Fit]:
+    fits = []
+    for each in plans:
+        for seed in seeds:
+            fits.append(each.run(seed, progress=progress))
+            on_fit(fits[-1])
+            if fits[-1].interrupted:  # the user wants what there is, not the next fit
+                return fits
+    return fits
+
+
+def _ledgers(fits: list[Fit], progress: bool) -> list[Ledger]:
+    ledgers: list[Ledger] = []
+    with progress_bar("ledgers", len(fits), progress) as report:
+        for fit in fits:
+            report(len(ledgers), f"{fit.method}, seed {fit.seed}")
+            ledgers.append(fit.full_ledger())
+    return ledgers
 
 
 def _unique(methods: Iterable[str]) -> list[str]:

@@ -23,10 +23,14 @@ class PlateauMonitor:
         Gain per window, in nats per datum, below which the objective counts as flat.
     window : int
         Number of steps in a window.
+    epoch : int
+        Steps in which every row is seen once. The noise is taken between epochs: within one, which rows came
+        together makes the steps differ far more than their mean.
     """
 
     tolerance: float
     window: int
+    epoch: int = 1
     _values: list[float] = field(default_factory=list)
     _best: float = float("-inf")
 
@@ -35,7 +39,8 @@ class PlateauMonitor:
         self._values.append(objective)
         if len(self._values) < self.window:
             return False
-        mean, noise = fmean(self._values), stdev(self._values) / self.window**0.5
+        epochs = [fmean(self._values[i : i + self.epoch]) for i in range(0, self.window, self.epoch)]
+        mean, noise = fmean(epochs), stdev(epochs) / len(epochs) ** 0.5
         self._values.clear()
         flat = mean < self._best + max(self.tolerance, noise)
         self._best = max(self._best, mean)

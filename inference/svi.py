@@ -26,6 +26,7 @@ from elbozoo.models.contract.options import Field, Options
 FULL_BATCH_ROWS = 4096
 MINIBATCH_ROWS = 256
 PLATEAUS = 4
+WINDOW = 100
 DECAY = 0.3
 
 
@@ -122,7 +123,8 @@ def run_svi(
         return SVIResult(trajectory, converged=True, interrupted=False)
     particles = options.particles or (10 if batch.x.dtype == torch.float64 and not guide.is_discrete else 1)
     step = make_step(entry, guide, objective, particles, options)
-    schedule = _Schedule(options)
+    size = _batch_size(batch, guide, options)
+    schedule = _Schedule(options, epoch=batch.total // size)
     try:
         with (
             progress_bar(f"{entry.name()} {guide.name}", options.steps, progress) as report,
@@ -130,7 +132,7 @@ def run_svi(
         ):
             # Pyro warns of a loss that is not finite; here it ends the fit, with more to say.
             warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)
-            for count, rows in enumerate(_minibatches(batch, _batch_size(batch, guide, options))):
+            for count, rows in enumerate(_minibatches(batch, size)):
                 if count == options.steps:
                     return SVIResult(trajectory, converged=options.schedule == "cosine", interrupted=False)
                 before = time.perf_counter()
@@ -151,9 +153,10 @@ def unique_parameters(*modules: nn.Module) -> list[nn.Parameter]:
 
 
 class _Schedule:
-    def __init__(self, options: TrainingOptions) -> None:
+    def __init__(self, options: TrainingOptions, epoch: int) -> None:
         self.options = options
-        self.monitor = PlateauMonitor(options.tolerance, window=100)
+        whole = epoch if epoch <= WINDOW // 4 else 1
+        self.monitor = PlateauMonitor(options.tolerance, window=math.ceil(WINDOW / whole) * whole, epoch=whole)
         self.plateaus = 0
 
     def is_done(self, step: Step, objective: float, count: int) -> bool:

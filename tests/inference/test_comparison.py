@@ -105,3 +105,22 @@ def test_everything_is_checked_before_anything_runs(tmp_path: Path) -> None:
     assert not out.exists() or not list(out.iterdir())
     with pytest.raises(InvalidInput, match="output directory"):
         ez.compare("ppca", "iris", methods=["em"], out=__file__, progress=False)
+
+
+def test_an_interrupted_fit_ends_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control-C during the second fit gives a table of two: the first whole, the second marked."""
+    from elbozoo.inference.svi import PyroStep
+
+    steps = 0
+
+    def interrupted(self: PyroStep, batch: object) -> float:
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise KeyboardInterrupt
+        return -1.0
+
+    monkeypatch.setattr(PyroStep, "__call__", interrupted)
+    result = ez.compare("ppca", "iris", methods=["mean-field", "amortized"], seeds=3, steps=5, progress=False)
+    assert [fit.interrupted for fit in result.fits] == [False, True]
+    assert len(result.table) == 2 and not result.table["converged"].iloc[1]
