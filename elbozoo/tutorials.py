@@ -112,10 +112,7 @@ class Subject:
     @property
     def settings(self) -> dict[str, Any]:
         """Options with which the page runs in under a minute."""
-        chosen: dict[str, Any] = {"steps": STEPS, "learning_rate": self._learning_rate(), "schedule": "cosine"}
-        if "em" in self.methods and not isinstance(self.entry, SupportsEM):
-            chosen["iterations"] = STEPS // 10
-        return chosen
+        return {"steps": STEPS, "learning_rate": self._learning_rate(), "schedule": "cosine"}
 
     def _learning_rate(self) -> float:
         """Return the step size that gets far in so few steps: small for networks, large for a single q."""
@@ -252,8 +249,8 @@ ledger
 """
     over = "θ and q together" if _learns(s.entry) else "q; there is no θ to learn"
     text = (
-        f"The ELBO is raised over {over}. The settings keep this page short; without them a fit goes on until the ELBO no "
-        "longer rises. The ledger says how far the bound is from the truth, and why, in nats over all rows."
+        f"The ELBO is raised over {over}. The settings keep this page short; without them a fit goes on until the ELBO "
+        "no longer rises. The ledger says how far the bound is from the truth, and why, in nats over all rows."
     )
     return [
         Text(f"## Fit\n\n{text}"),
@@ -407,8 +404,11 @@ def _moments_text(run: Run) -> str:
 
 
 def _comparison(s: Subject) -> list[Text | Code]:
+    is_monte_carlo = "em" in s.methods and not isinstance(s.entry, SupportsEM)
+    iterations = f", iterations={STEPS // 10}" if is_monte_carlo else ""
     compare = f"""
-comparison = ez.compare("{s.model}", data, methods={json.dumps(s.methods)}, seeds={SEEDS}, **settings)
+methods = {json.dumps(s.methods)}
+comparison = ez.compare("{s.model}", data, methods=methods, seeds={SEEDS}{iterations}, **settings)
 comparison.summary.T.round(3)
 """
     return [
