@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
@@ -172,9 +171,3 @@ def _without_bound(evidence: Evidence | None, best_known: float, rows: int) -> L
         best_member_converged=True,
         rows=rows,
     )
-
-
-def per_datum_elbo(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Tensor:
-    """ELBO of each row, (N,), nats; of all data together, (1,), where the latent is global."""
-    with torch.no_grad():
-        return importance_weights(entry, guide, Batch.full(x), PARTICLES, seed).elbo().mean(0)

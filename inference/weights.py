@@ -102,7 +102,8 @@ def _global_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) ->
     for sign, trace in ((1, model_trace), (-1, guide_trace)):
         for node in trace.nodes.values():
             if _is_weighed(node):
-                term = node["log_prob"]
+                # Unscaled: the batch is the whole data set, and a β of the objective's is no part of the ELBO.
+                term = node["unscaled_log_prob"]
                 width = len(batch.x) if is_local_node(node) else 1
                 log_weight = log_weight + sign * term.expand(particles, width).sum(-1)
     return Weights(log_weight[None, :, None], torch.zeros_like(log_weight)[None, :, None])
