@@ -88,6 +88,13 @@ MOST_CLASSES = 20
 VISIBLE = 1e-3  # share of the axis below which a segment cannot be seen
 
 
+class Picture(Figure):
+    """A figure that notebooks show without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+
 class LedgerBar(NamedTuple):
     """The ledger of one method, mean over its seeds, nats per datum; NaN where a figure does not apply."""
 
@@ -579,7 +586,7 @@ def _styled() -> Iterator[None]:
 
 
 def _figure(width: float, height: float, space: float = 0.02) -> Figure:
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=space))
+    return Picture(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=space))
 
 
 def _head(figure: Figure, text: str) -> None:

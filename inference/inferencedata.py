@@ -38,7 +38,7 @@ def inference_data(entry: Entry, guide: Guide, x: Tensor, draws: int, seed: int)
         conditioned = poutine.trace(poutine.replay(entry, trace=guide_trace)).get_trace(batch)
         replicated = poutine.trace(poutine.replay(poutine.uncondition(entry), trace=guide_trace)).get_trace(batch)
         prior = poutine.trace(entry).get_trace(batch)
-    conditioned.compute_log_prob()
+        conditioned.compute_log_prob()
     log_likelihood = conditioned.nodes[OBSERVED_SITE]["unscaled_log_prob"].expand(draws, len(x))
     dims = {site.name: _dims(site) for site in sites}
     return arviz.from_dict(

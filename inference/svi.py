@@ -135,10 +135,11 @@ def run_svi(
             for count, rows in enumerate(_minibatches(batch, size)):
                 if count == options.steps:
                     return SVIResult(trajectory, converged=options.schedule == "cosine", interrupted=False)
+                log_evidence = trajectory.evidence()
                 before = time.perf_counter()
                 objective_value = -_guarded(step, rows, entry, guide, count)
                 seconds = time.perf_counter() - before
-                trajectory.record(seconds, objective_value)
+                trajectory.record(seconds, objective_value, log_evidence)
                 report(count + 1, f"{objective.name} {objective_value:.2f}")
                 if schedule.is_done(step, objective_value / batch.total, count):
                     return SVIResult(trajectory, converged=True, interrupted=False)

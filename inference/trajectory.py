@@ -33,14 +33,21 @@ class Trajectory:
     rows: list[tuple[int, float, float, float, float]] = field(default_factory=list)
     _next: int = 0
 
-    def record(self, seconds: float, objective: float) -> None:
-        """Add one step."""
+    def evidence(self) -> float:
+        """Return log p(x) at the present θ where it is due, otherwise NaN.
+
+        Asked for before a step, because the step's objective is the one at the θ before it.
+        """
         step = len(self.rows)
-        evidence = math.nan
-        if self.oracle is not None and step >= self._next:
-            evidence = self.oracle()
-            self._next = step + 1 if step < DENSE_STEPS else math.ceil(step * RATIO)
-        self.rows.append((step, seconds, objective, objective if self.is_elbo else math.nan, evidence))
+        if self.oracle is None or step < self._next:
+            return math.nan
+        self._next = step + 1 if step < DENSE_STEPS else math.ceil(step * RATIO)
+        return self.oracle()
+
+    def record(self, seconds: float, objective: float, log_evidence: float = math.nan) -> None:
+        """Add one step: its objective, and log p(x) at the same θ."""
+        elbo = objective if self.is_elbo else math.nan
+        self.rows.append((len(self.rows), seconds, objective, elbo, log_evidence))
 
     def record_exact(self, seconds: float, log_evidence: float) -> None:
         """Add one step after which the bound touches the evidence: objective, ELBO and log p(x) are one number."""
