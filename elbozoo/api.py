@@ -13,7 +13,7 @@ from elbozoo.data import Dataset, list_datasets, load_data
 from elbozoo.guides import registry as guides
 from elbozoo.inference.comparison import run_comparison
 from elbozoo.inference.fit import Fit
-from elbozoo.inference.method import SCHEMA_TITLES, check_read, default_methods, method_names, plan, program_entry
+from elbozoo.inference.method import SCHEMA_TITLES, default_methods, method_names, plan, program_entry, warn_of_unread
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Entry, capabilities
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
@@ -132,7 +132,7 @@ def fit(
     chosen = one_method(guide, method)
     rows = load_data(data, columns)
     ready = plan(model, rows.x, chosen, options)
-    check_read([ready])
+    warn_of_unread([ready])
     return ready.run(seed, progress=progress)
 
 

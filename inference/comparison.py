@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elbozoo.inference.fit import Fit, closed_form_evidence
 from elbozoo.inference.ledger import Ledger
-from elbozoo.inference.method import Plan, check_read, plan, valid_seed
+from elbozoo.inference.method import Plan, plan, valid_seed, warn_of_unread
 from elbozoo.inference.progress import progress_bar
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Program
@@ -152,7 +152,7 @@ def run_comparison(
     """
     chosen = _seeds(seeds)
     plans = [plan(model, x, method, options) for method in _unique(methods)]
-    check_read(plans)
+    warn_of_unread(plans)
     fits = _fits(plans, chosen, progress, on_fit)
     ledgers = _with_learning_gaps(_ledgers(fits, progress), closed_form_evidence(fits[0].entry, x))
     table = pd.DataFrame([_row(fit, ledger) for fit, ledger in zip(fits, ledgers, strict=True)])

@@ -143,6 +143,9 @@ def _approximation_gap(
         # One q for the whole data set leaves nothing to amortize: the gap is the family's and the optimiser's.
         return evidence.value - elbo_estimate(weights)[0], True
     members = list(guide.distributions(Batch.full(x)).values())
+    if guide.is_discrete and len(members) == 1:
+        # The categorical family over one finite latent contains every posterior.
+        return 0.0, True
     best = best_member(entry, guide.family, x, options, start=members[0]) if len(members) == 1 else None
     if best is None:
         return math.nan, True

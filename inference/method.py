@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.isolation import SEEDS, isolated
 from elbozoo.models.contract.options import Options
 from elbozoo.models.contract.registry import get_entry
+
+logger = logging.getLogger(__name__)
 
 SCHEMAS: tuple[type[Options], ...] = (GuideOptions, TrainingOptions, EMOptions, MonteCarloEMOptions)
 SCHEMA_TITLES: dict[type[Options], str] = {
@@ -113,19 +116,12 @@ def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any]) -> Plan
     return result
 
 
-def check_read(plans: Sequence[Plan]) -> None:
-    """Refuse an option that none of ``plans`` reads: ignored, it would answer another question.
-
-    Raises
-    ------
-    InvalidInput
-        With the options that are read.
-    """
+def warn_of_unread(plans: Sequence[Plan]) -> None:
+    """Log a warning for each option that none of ``plans`` reads, since it changes nothing."""
     read = set().union(*(each.reads() for each in plans))
     for name in plans[0].options:
         if name not in read:
-            labels = ", ".join(each.label for each in plans)
-            raise InvalidInput(f"option {name!r} is not read by {labels}; expected one of {', '.join(sorted(read))}")
+            logger.warning("option %r is not read by %s", name, ", ".join(each.label for each in plans))
 
 
 def valid_seed(seed: Any) -> int:

@@ -124,3 +124,11 @@ def test_an_interrupted_fit_ends_the_comparison(monkeypatch: pytest.MonkeyPatch)
     result = ez.compare("ppca", "iris", methods=["mean-field", "amortized"], seeds=3, steps=5, progress=False)
     assert [fit.interrupted for fit in result.fits] == [False, True]
     assert len(result.table) == 2 and not result.table["converged"].iloc[1]
+
+
+def test_an_option_that_no_method_reads_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """It changes nothing, and whoever gave it should know; one that any method reads is not spoken of."""
+    ez.compare("ppca", "iris", methods=["em", "mean-field"], seeds=1, steps=2, iterations=2, restarts=1, progress=False)
+    assert not caplog.messages
+    ez.fit("ppca", "iris", method="em", steps=2)
+    assert caplog.messages == ["option 'steps' is not read by em"]
