@@ -24,6 +24,7 @@ from elbozoo.models.contract.errors import NumericalFailure
 from elbozoo.models.contract.options import Field, Options
 
 FULL_BATCH_ROWS = 4096
+MANY_PARTICLES, MANY_CELLS = 10, 20_000  # draws per step; cells of a batch above which one draw has to do
 MINIBATCH_ROWS = 256
 PLATEAUS = 4
 WINDOW = 100
@@ -41,7 +42,7 @@ class TrainingOptions(Options):
     learning_rate: float = Field(0.01, gt=0, description="Adam's step size at the start")
     schedule: Literal["plateau", "cosine", "constant"] = Field("plateau", description="how the step size falls")
     particles: int | None = Field(
-        None, ge=1, description="draws of z per step; none takes 10 in float64 and 1 in float32"
+        None, ge=1, description="draws of z per step; none takes 10 on small data, where they cost little, else 1"
     )
     clip_norm: float | None = Field(
         None, gt=0, description="largest norm of the gradient per datum; none does not clip"
@@ -121,7 +122,7 @@ def run_svi(
     trajectory = Trajectory(objective.name.startswith("elbo") and guide.is_bound, _oracle(entry, batch))
     if not unique_parameters(entry, guide):
         return SVIResult(trajectory, converged=True, interrupted=False)
-    particles = options.particles or (10 if batch.x.dtype == torch.float64 and not guide.is_discrete else 1)
+    particles = options.particles or (1 if guide.is_discrete or batch.x.numel() > MANY_CELLS else MANY_PARTICLES)
     step = make_step(entry, guide, objective, particles, options)
     size = _batch_size(batch, guide, options)
     schedule = _Schedule(options, epoch=batch.total // size)

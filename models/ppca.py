@@ -91,12 +91,21 @@ class PPCA(Entry):
             )
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
-        """Start at the data's mean, a random loading of half its variance and a noise of the other half."""
+        """Start at the data's mean, in the plane of random mixtures of rows, with the best scales for that plane.
+
+        EM turns the plane quickly and changes scales slowly, by about σ² an iteration, so that scales far off
+        would take it λ/σ² iterations (the plane: range finder of Halko et al. 2011, algorithm 4.1).
+        """
         with torch.no_grad():
-            scale = x.var(0, correction=0).mean().sqrt()
+            centred = x - x.mean(0)
+            mixtures = torch.randn(len(x), self.options.latent_dim, dtype=x.dtype)
+            basis = torch.linalg.qr(centred.mT @ mixtures).Q
+            inside = centred @ basis
+            noise = (centred.square().sum() - inside.square().sum()) / (len(x) * (self.columns - basis.shape[1]))
+            variances, axes = torch.linalg.eigh(inside.mT @ inside / len(x))
             self.loc.copy_(x.mean(0))
-            self.loading.copy_(scale * torch.randn_like(self.loading) / (2 * self.options.latent_dim) ** 0.5)
-            self.noise_scale = scale / 2**0.5
+            self.loading.copy_(basis @ axes * torch.maximum(variances - noise, 0.1 * noise).sqrt())
+            self.noise_scale = noise.sqrt()
 
     def randomize(self) -> None:
         """Draw a loading of unit variance; the noise has half that scale."""

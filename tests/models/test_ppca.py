@@ -18,7 +18,7 @@ from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.ppca import PPCA
 
-CASES = [("iris", 2), ("wine-standardised", 3), ("digits", 10)]
+CASES = [("iris", 2), ("wine-standardised", 3), ("digits", 10), ("wine", 2)]
 
 
 def numpy_maximum(x: np.ndarray, latent_dim: int) -> float:
