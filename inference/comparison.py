@@ -154,7 +154,9 @@ def run_comparison(
     plans = [plan(model, x, method, options) for method in _unique(methods)]
     warn_of_unread(plans)
     fits = _fits(plans, chosen, progress, on_fit)
-    ledgers = _with_learning_gaps(_ledgers(fits, progress), closed_form_evidence(fits[0].entry, x))
+    # One closed form serves all fits, which share the model and the rows.
+    closed_form = closed_form_evidence(fits[0].entry, x)
+    ledgers = _with_learning_gaps(_ledgers(fits, closed_form, progress), closed_form)
     table = pd.DataFrame([_row(fit, ledger) for fit, ledger in zip(fits, ledgers, strict=True)])
     data = {"name": name, "rows": x.shape[0], "columns": x.shape[1]}
     return Comparison(fits[0].model, data, fits, table, dict(options))
@@ -171,12 +173,12 @@ def _fits(plans: list[Plan], seeds: list[int], progress: bool, on_fit: Callable[
     return fits
 
 
-def _ledgers(fits: list[Fit], progress: bool) -> list[Ledger]:
+def _ledgers(fits: list[Fit], closed_form: float, progress: bool) -> list[Ledger]:
     ledgers: list[Ledger] = []
     with progress_bar("ledgers", len(fits), progress) as report:
         for fit in fits:
             report(len(ledgers), f"{fit.method}, seed {fit.seed}")
-            ledgers.append(fit.full_ledger())
+            ledgers.append(fit.full_ledger(best_known=closed_form))
     return ledgers
 
 

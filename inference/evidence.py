@@ -113,13 +113,9 @@ def _quadrature(entry: Entry, x: Tensor) -> Evidence:
 
 
 def _prior_moments(entry: Entry, sites: list[LatentSite], x: Tensor) -> tuple[Tensor, Tensor]:
-    draws = _prior_trace(entry, x[:1].expand(4096, -1))
+    draws = poutine.trace(entry).get_trace(Batch.full(x[:1].expand(4096, -1)))
     z = torch.cat([draws.nodes[s.name]["value"].reshape(4096, s.dim) for s in sites], -1)
     return z.mean(0), z.std(0)
-
-
-def _prior_trace(entry: Entry, x: Tensor) -> poutine.Trace:
-    return poutine.trace(entry).get_trace(Batch.full(x))
 
 
 def _log_joint_rowwise(entry: Entry, sites: list[LatentSite], x: Tensor, nodes: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from elbozoo.inference.storage import read_fit, save_fit
 from elbozoo.inference.svi import unique_parameters
 from elbozoo.inference.weights import importance_weights
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.entry import Entry, HasClosedForm, HasOracle
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated
 
@@ -234,7 +234,7 @@ def _mean(q: Distribution) -> Tensor:
 
 def closed_form_evidence(entry: Entry, x: Tensor) -> float:
     """Return log p(x) at the closed-form maximum of the likelihood, total nats; NaN where none is known."""
-    if not hasattr(entry, "fit_exact") or not hasattr(entry, "log_evidence"):
+    if not isinstance(entry, HasClosedForm) or not isinstance(entry, HasOracle):
         return math.nan
     best = type(entry)(entry.options, entry.columns).to(x.dtype)
     best.load_state_dict(entry.state_dict())
