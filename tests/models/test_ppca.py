@@ -88,10 +88,10 @@ def test_mean_field_gap_vanishes_at_the_closed_form_rotation_only(source: str, l
     turned = compute_ledger(entry, guide, x, GuideOptions(), seed=0)
     assert turned.log_evidence == pytest.approx(aligned.log_evidence, rel=1e-9)
     assert gap > 0.01
-    # 1,000 draws of the best member: six standard errors of its ELBO, which has the fit's noise or less.
-    best = ez.fit("ppca", x, guide="mean-field", latent_dim=latent_dim, steps=1)
-    assert best.parameters > 0
-    assert abs(turned.approximation_gap / len(x) - gap) <= 6 * 0.05 * math.sqrt(latent_dim / len(x))
+    # 1,000 draws of the best member: six standard errors of its ELBO; the gap without the turn is further away.
+    tolerance = 6 * 0.05 * math.sqrt(latent_dim / len(x))
+    assert abs(turned.approximation_gap / len(x) - gap) <= tolerance
+    assert abs(aligned.approximation_gap / len(x) - gap) > tolerance
 
 
 def test_mean_field_gap_of_a_rotated_loading_is_the_divergence_in_closed_form() -> None:
