@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import pyro
@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated, private_parameters
+from elbozoo.models.contract.joint import Joint
 from elbozoo.models.contract.options import Options as BaseOptions
 from elbozoo.models.contract.sites import OBSERVED_SITE, LatentSite, latent_sites, stochastic_nodes
 
@@ -36,17 +37,26 @@ class Entry(PyroModule):
         networks. Everything is evaluated in float64.
     example_columns : int
         Number of columns of simulated data sets.
+    allows_missing : bool
+        Whether NaN may stand in the data for what was not observed.
+    site_dims : dict
+        Names of the dimensions of one draw of a site, where they have a meaning.
+    names : tuple of str
+        Names of the columns of the data.
     """
 
     Options: ClassVar[type[BaseOptions]] = BaseOptions
     dtype: ClassVar[torch.dtype] = torch.float64
     example_columns: ClassVar[int] = 5
+    allows_missing: ClassVar[bool] = False
+    site_dims: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(self, options: BaseOptions, columns: int) -> None:
         with private_parameters():
             super().__init__()
         self.options = options
         self.columns = columns
+        self.names = default_names(columns)
 
     @classmethod
     def name(cls) -> str:
@@ -74,29 +84,66 @@ class Entry(PyroModule):
         """
 
     @classmethod
-    def from_data(cls, x: Tensor, *, seed: int = 0, **options: Any) -> Self:
+    def arrange(cls, x: Tensor, options: Any) -> Tensor:
+        """Return the rows of a table (N, D) in the form that the program takes; as they are unless an entry differs.
+
+        What is arranged already comes back unchanged.
+        """
+        return x
+
+    @classmethod
+    def width(cls, x: Tensor) -> int:
+        """Return the number of columns that arranged data stand for."""
+        return x.shape[-1]
+
+    @classmethod
+    def count(cls, x: Tensor) -> int:
+        """Return the number of rows of the table that arranged data came from."""
+        return len(x)
+
+    @classmethod
+    def from_data(cls, x: Tensor, *, seed: int = 0, names: Sequence[str] | None = None, **options: Any) -> Self:
         """Build the entry for the rows ``x`` (N, D), with validated options and sensible starting values.
+
+        Parameters
+        ----------
+        x : Tensor (N, D)
+            Data, as a table or arranged.
+        seed : int
+            Seed of the starting values.
+        names : sequence of str, optional
+            Names of the columns; x0, x1, ... by default.
+        **options
+            Options of the entry. Those that name a column take its name or its position.
 
         Raises
         ------
         InvalidInput
             For options or data that do not fit this entry.
         """
-        parsed = cls.Options.parse(options)
-        cls.check_data(x, parsed)
+        names = default_names(x.shape[1] if x.ndim == 2 else cls.width(x)) if names is None else tuple(names)
+        parsed = cls.Options.parse(options).at_positions(names)
+        arranged = cls.arrange(x, parsed)
+        cls.check_data(arranged, parsed)
         with isolated(seed):
-            entry = cls(parsed, x.shape[1]).to(cls.dtype)
-            entry.initialize(x.to(cls.dtype))
+            entry = cls(parsed, cls.width(arranged)).to(cls.dtype)
+            entry.names = entry.kept_names(names)
+            entry.initialize(arranged.to(cls.dtype))
         return entry
 
     @classmethod
     def example(cls, columns: int | None = None, *, seed: int = 0, **options: Any) -> Self:
         """Build the entry with parameters drawn at random, to simulate data from."""
-        parsed = cls.Options.parse(options)
+        columns = columns or cls.example_columns
+        parsed = cls.Options.parse(options).at_positions(default_names(columns))
         with isolated(seed):
-            entry = cls(parsed, columns or cls.example_columns).to(cls.dtype)
+            entry = cls(parsed, columns).to(cls.dtype)
             entry.randomize()
         return entry
+
+    def kept_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those of the table's column names that arranged data still have."""
+        return names
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
         """Set the starting values of θ for the rows ``x`` (N, D); ``restart`` counts the attempts from 0."""
@@ -110,10 +157,28 @@ class Entry(PyroModule):
         """Run the generative program on ``batch``; the observed site is ``"x"``."""
         raise NotImplementedError(f"{type(self).__name__} has no program; define forward(batch)")
 
-    def latent_sites(self) -> list[LatentSite]:
-        """Return the latent sites of the program, read off its trace."""
-        x, _ = self.simulate(2, seed=0)
-        return latent_sites(self, Batch.full(x))
+    def latent_sites(self, x: Tensor | None = None) -> list[LatentSite]:
+        """Return the latent sites of the program, read off its trace on ``x``, or on two rows of its own."""
+        if x is None:
+            return latent_sites(self, Batch.full(self.simulate(2, seed=0)[0]))
+        return latent_sites(self, Batch.full(x)._replace(x=x[:2], index=torch.arange(min(2, len(x)))))
+
+    def template(self, n: int) -> Tensor:
+        """Return ``n`` rows to simulate on: zeros, with whatever is conditioned on filled in."""
+        parameter = next(self.parameters(), torch.empty(0, dtype=self.dtype))
+        return torch.zeros(n, self.columns, dtype=parameter.dtype, device=parameter.device)
+
+    def complete(self, template: Tensor, observed: Tensor) -> Tensor:
+        """Return the rows of ``template`` with the value of the observed site put in its place."""
+        return observed
+
+    def constant_data(self, x: Tensor) -> dict[str, Tensor]:
+        """Return what the program conditions on, such as covariates, by name."""
+        return {}
+
+    def coords(self) -> dict[str, Sequence[Any]]:
+        """Return labels of the dimensions in ``site_dims``, where they have some."""
+        return {}
 
     def simulate(self, n: int, seed: int) -> tuple[Tensor, Tensor | dict[str, Tensor]]:
         """Draw ``n`` rows from the program at the present θ.
@@ -125,15 +190,36 @@ class Entry(PyroModule):
         z : Tensor, or dict of Tensor by site where there are several
             The latents they were drawn from.
         """
-        parameter = next(self.parameters(), torch.empty(0, dtype=self.dtype))
-        template = torch.zeros(n, self.columns, dtype=parameter.dtype, device=parameter.device)
         with isolated(seed), torch.no_grad(), pyro.validation_enabled(False):
-            trace = poutine.trace(poutine.uncondition(self)).get_trace(Batch.full(template))
+            return self._simulate(self.template(n))
+
+    def simulate_table(self, n: int, seed: int) -> tuple[Tensor, Tensor | None]:
+        """Draw a table of ``n`` rows, with the class of each row where the latents are one class per row."""
+        x, z = self.simulate(n, seed)
+        is_class = isinstance(z, Tensor) and z.shape == (n,) and not z.is_floating_point()
+        return x, z.long() if isinstance(z, Tensor) and is_class else None
+
+    def _simulate(self, template: Tensor) -> tuple[Tensor, Tensor | dict[str, Tensor]]:
+        trace = poutine.trace(poutine.uncondition(self)).get_trace(Batch.full(template))
         values = {name: node["value"] for name, node in stochastic_nodes(trace)}
         if OBSERVED_SITE not in values:
             raise InvalidInput(f"the program samples {list(values)}, expected an observed site {OBSERVED_SITE!r}")
-        x = values.pop(OBSERVED_SITE)
+        x = self.complete(template, values.pop(OBSERVED_SITE))
         return x, next(iter(values.values())) if len(values) == 1 else values
+
+
+def default_names(columns: int) -> tuple[str, ...]:
+    """Return the names of columns that have none of their own: x0, x1, ...."""
+    return tuple(f"x{position}" for position in range(columns))
+
+
+def joint_posterior(entry: HasPosterior, x: Tensor) -> Joint:
+    """Return the exact posterior over all latent sites, also where there is only one."""
+    posterior = entry.posterior(x)
+    if isinstance(posterior, Joint):
+        return posterior
+    (site,) = entry.latent_sites(x)  # type: ignore[attr-defined]
+    return Joint({site.name: posterior})
 
 
 @runtime_checkable
@@ -149,8 +235,17 @@ class HasOracle(Protocol):
 class HasPosterior(Protocol):
     """An entry with the exact posterior."""
 
-    def posterior(self, x: Tensor) -> Distribution:
-        """p(z given x): batch shape (N,) for local latents, () for global ones."""
+    def posterior(self, x: Tensor) -> Distribution | Joint:
+        """p(z given x): batch shape (N,) for local latents, () for global ones; a Joint for several sites."""
+        ...
+
+
+@runtime_checkable
+class HasPredictive(Protocol):
+    """An entry with the exact posterior predictive."""
+
+    def predictive(self, x: Tensor) -> Distribution:
+        """p(new row given the rows x): batch shape (), event shape that of the observed site of one row."""
         ...
 
 
@@ -181,6 +276,57 @@ class HasClosedForm(Protocol):
 
 
 @runtime_checkable
+class SupportsCAVI(Protocol):
+    """A conditionally conjugate entry: each factor of a mean-field q has its optimum in closed form.
+
+    The factors are a named tuple of tensors, the parameters of q.
+    """
+
+    def initial_factors(self, x: Tensor, restart: int) -> NamedTuple:
+        """Return the factors to start from; ``restart`` counts the attempts from 0."""
+        ...
+
+    def update_factors(self, x: Tensor, factors: Any) -> NamedTuple:
+        """Return the factors after one sweep, each set in turn to its optimum given the others."""
+        ...
+
+    def bound(self, x: Tensor, factors: Any) -> Tensor:
+        """Closed-form ELBO of the factors, (), total nats."""
+        ...
+
+    def factor_distributions(self, x: Tensor, factors: Any) -> Mapping[str, Distribution]:
+        """q of each latent site; local ones with batch shape (N,)."""
+        ...
+
+
+@runtime_checkable
+class HasReducedJoint(Protocol):
+    """An entry whose evidence is an integral over at most three dimensions once the rest is integrated out."""
+
+    def reduced_log_joint(self, x: Tensor, u: Tensor) -> Tensor:
+        """Log density in nats, (G,), of x and the remaining latents at unconstrained points ``u`` (G, K)."""
+        ...
+
+
+@runtime_checkable
+class HasEnumeratedEvidence(Protocol):
+    """An entry whose evidence is a finite sum that can be carried out for few rows."""
+
+    def enumerated_log_evidence(self, x: Tensor) -> Tensor | None:
+        """Exact log p(x) in nats, (), or None where there are too many terms."""
+        ...
+
+
+@runtime_checkable
+class HasExpectedLogJoint(Protocol):
+    """An entry with discrete latents whose expectations under a factorised q are closed."""
+
+    def expected_log_joint(self, x: Tensor, probs: Tensor) -> Tensor:
+        """E_q[log p(x, z)] of each datum in nats, (B,), for independent categoricals ``probs`` (B, T, K)."""
+        ...
+
+
+@runtime_checkable
 class HasRowLikelihoods(Protocol):
     """An entry that evaluates every row at every latent value at once, which quadrature uses."""
 
@@ -190,13 +336,16 @@ class HasRowLikelihoods(Protocol):
 
 
 QUADRATURE_DIM = 2
+CUBATURE_DIM = 3
 
 CAPABILITIES: dict[str, Callable[[Any], bool]] = {
     "oracle": lambda entry: isinstance(entry, HasOracle),
     "posterior": lambda entry: isinstance(entry, HasPosterior),
+    "predictive": lambda entry: isinstance(entry, HasPredictive),
     "EM": lambda entry: isinstance(entry, SupportsEM),
+    "CAVI": lambda entry: isinstance(entry, SupportsCAVI),
     "closed form": lambda entry: isinstance(entry, HasClosedForm),
-    "quadrature": lambda entry: supports_quadrature(entry.latent_sites()),
+    "quadrature": lambda entry: supports_quadrature(entry.latent_sites()) or supports_cubature(entry),
     "simulation": lambda entry: True,
 }
 
@@ -204,6 +353,14 @@ CAPABILITIES: dict[str, Callable[[Any], bool]] = {
 def supports_quadrature(sites: list[LatentSite]) -> bool:
     """Whether the evidence is an integral over at most two real dimensions for each datum."""
     return all(s.is_local and s.is_real for s in sites) and sum(s.dim for s in sites) <= QUADRATURE_DIM
+
+
+def supports_cubature(entry: Entry, x: Tensor | None = None) -> bool:
+    """Whether the evidence is one integral over at most three dimensions for the whole data set."""
+    if isinstance(entry, HasReducedJoint):
+        return True
+    sites = entry.latent_sites(x)
+    return all(not s.is_local and not s.is_discrete for s in sites) and sum(s.dim for s in sites) <= CUBATURE_DIM
 
 
 def capabilities(entry: Entry) -> list[str]:

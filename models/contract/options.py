@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
 
-__all__ = ["Field", "Options"]
+__all__ = ["Column", "Field", "KeyColumn", "Options"]
+
+
+@dataclass(frozen=True)
+class ColumnRole:
+    """Marks an option that names a column of the data.
+
+    Attributes
+    ----------
+    is_key : bool
+        Whether the column holds labels, such as the names of sequences, rather than numbers.
+    """
+
+    is_key: bool
+
+
+Column = Annotated[int | str, ColumnRole(is_key=False)]
+KeyColumn = Annotated[int | str, ColumnRole(is_key=True)]
 
 
 class Options(BaseModel):
@@ -35,6 +53,35 @@ class Options(BaseModel):
         except ValidationError as error:
             raise InvalidInput(_one_line(cls, error)) from None
 
+    def at_positions(self, names: Sequence[str]) -> Self:
+        """Return the options with every column that is named replaced by its position among ``names``.
+
+        Raises
+        ------
+        InvalidInput
+            For a name or a position that is not there, or one column in two roles.
+        """
+        found = {option: _position(option, value, names) for option, value in self.columns_named().items()}
+        taken: dict[int, str] = {}
+        for option, position in found.items():
+            other = taken.setdefault(position % len(names), option)
+            if other != option:
+                raise InvalidInput(
+                    f"options {other} and {option}: found column {names[position]!r} for both, expected two columns"
+                )
+        return self.model_copy(update=found)
+
+    def columns_named(self) -> dict[str, int | str]:
+        """Return the columns that the options name, by option."""
+        roles = type(self).column_roles()
+        return {option: getattr(self, option) for option in roles if getattr(self, option) is not None}
+
+    @classmethod
+    def column_roles(cls) -> dict[str, ColumnRole]:
+        """Return the options that name columns, with what those hold."""
+        roles = {name: _role(field) for name, field in cls.model_fields.items()}
+        return {name: role for name, role in roles.items() if role is not None}
+
     @classmethod
     def describe(cls) -> list[dict[str, Any]]:
         """Return name, type, default, bounds and description of each option, as plain values."""
@@ -54,6 +101,8 @@ def type_name(field: FieldInfo) -> str:
     """Readable type of an option: ``int``, ``float`` or its choices as ``a | b``."""
     annotation = field.annotation
     choices = getattr(annotation, "__args__", None)
+    if _role(field) is not None:
+        return "column | none" if type(None) in (choices or ()) else "column"
     if choices is None:
         return getattr(annotation, "__name__", str(annotation))
     return " | ".join("none" if c is type(None) else getattr(c, "__name__", str(c)) for c in choices)
@@ -66,6 +115,24 @@ def bounds(field: FieldInfo) -> str:
         f"{symbol} {getattr(m, key)}" for m in field.metadata for key, symbol in symbols.items() if hasattr(m, key)
     ]
     return ", ".join(found)
+
+
+def _role(field: FieldInfo) -> ColumnRole | None:
+    # Pydantic takes the marks of a plain annotation apart and leaves those inside a union where they are.
+    inside = [mark for part in get_args(field.annotation) for mark in getattr(part, "__metadata__", ())]
+    return next((mark for mark in [*field.metadata, *inside] if isinstance(mark, ColumnRole)), None)
+
+
+def _position(option: str, value: int | str, names: Sequence[str]) -> int:
+    if isinstance(value, str):
+        if value not in names:
+            raise unknown_name(f"column in option {option}", value, names)
+        return list(names).index(value)
+    if not -len(names) <= value < len(names):
+        raise InvalidInput(
+            f"option {option}: found position {value}, expected a column's name or a position below {len(names)}"
+        )
+    return value
 
 
 def _one_line(cls: type[Options], error: ValidationError) -> str:

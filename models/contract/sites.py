@@ -37,7 +37,7 @@ class LatentSite:
     is_local : bool
         Whether it stands inside the data plate: one latent per datum.
     cardinality : int or None
-        Number of values of a finite discrete site, otherwise None.
+        Number of values of each element of a finite discrete site, otherwise None.
     """
 
     name: str
@@ -48,8 +48,13 @@ class LatentSite:
 
     @property
     def is_discrete(self) -> bool:
-        """Whether the site takes finitely many values."""
+        """Whether each element of the site takes finitely many values."""
         return self.cardinality is not None
+
+    @property
+    def is_enumerable(self) -> bool:
+        """Whether the site is one finite value, so that a sum over its values is short."""
+        return self.is_discrete and self.event_shape == ()
 
     @property
     def is_real(self) -> bool:
@@ -111,5 +116,17 @@ def _stored_in_module(program: Callable[[Batch], Any]) -> list[str]:
 
 def _latent_site(name: str, node: dict[str, Any]) -> LatentSite:
     distribution = node["fn"]
-    cardinality = len(distribution.enumerate_support(expand=False)) if distribution.has_enumerate_support else None
-    return LatentSite(name, distribution.event_shape, distribution.support, is_local_node(node), cardinality)
+    return LatentSite(
+        name, distribution.event_shape, distribution.support, is_local_node(node), _cardinality(distribution)
+    )
+
+
+def _cardinality(distribution: Any) -> int | None:
+    if distribution.has_enumerate_support:
+        return len(distribution.enumerate_support(expand=False))
+    support = distribution.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if isinstance(support, type(constraints.integer_interval(0, 1))):
+        return int(support.upper_bound - support.lower_bound) + 1
+    return None
