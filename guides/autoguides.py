@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 from pyro.infer import autoguide
 from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.collapse import collapsed
 from elbozoo.models.contract.entry import Entry
 
-Constructor = Callable[[Entry, GuideOptions], autoguide.AutoGuide]
+Constructor = Callable[[Callable[[Batch], Any], GuideOptions], autoguide.AutoGuide]
 
 AUTOGUIDES: dict[str, Constructor] = {
     "delta": lambda model, options: autoguide.AutoDelta(model),
@@ -40,11 +42,16 @@ class GlobalGuide(Guide):
         The data, on which the guide is run once: an autoguide has no parameters before that.
     options : GuideOptions
         Options.
+    summed_out : collection of str
+        Finite local sites of the model, which the guide does not sample.
     """
 
-    def __init__(self, name: str, model: Entry, x: Tensor, options: GuideOptions) -> None:
-        super().__init__(name, "full-rank-normal" if name == "laplace" else name, "global")
-        self.auto = AUTOGUIDES[name](model, options)
+    def __init__(
+        self, name: str, model: Entry, x: Tensor, options: GuideOptions, summed_out: Collection[str] = ()
+    ) -> None:
+        family = "full-rank-normal" if name == "laplace" else name
+        super().__init__(name, family, "global", summed_out=summed_out)
+        self.auto = AUTOGUIDES[name](collapsed(model, summed_out), options)
         self.auto(Batch.full(x))
         self.auto.to(x.dtype)
 

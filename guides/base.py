@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
+import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import Distribution
@@ -11,6 +13,8 @@ from torch.distributions import Distribution
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.isolation import private_parameters
 from elbozoo.models.contract.options import Field, Options
+
+DRAWS = 1000
 
 
 class GuideOptions(Options):
@@ -36,12 +40,27 @@ class Guide(PyroModule):
         Where its parameters come from: shared, free, amortized, exact, or global.
     is_discrete : bool
         Whether every latent takes finitely many values, so that expectations under q are sums.
+    has_discrete : bool
+        Whether some latent does, so that an enumerated objective sums over it.
+    summed_out : collection of str
+        Finite local sites of the model that the guide leaves to be summed out of it.
     """
 
-    def __init__(self, name: str, family: str, source: str, is_discrete: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        family: str,
+        source: str,
+        *,
+        is_discrete: bool = False,
+        has_discrete: bool = False,
+        summed_out: Collection[str] = (),
+    ) -> None:
         with private_parameters():
             super().__init__()
         self.is_discrete = is_discrete
+        self.has_discrete = is_discrete or has_discrete
+        self.summed_out = tuple(summed_out)
         self.name = name
         self.family = family
         self.source = source
@@ -64,5 +83,23 @@ class Guide(PyroModule):
         """q of each latent site for the rows of ``batch``."""
         raise NotImplementedError(f"{self.name} gives draws but no distribution object")
 
+    def means(self, batch: Batch) -> Tensor:
+        """Mean of q of each row, (B, K), or probabilities where the latent is discrete; sites side by side.
+
+        Where the mean has no formula it is that of 1000 draws.
+        """
+        means = [mean_of(q) for q in self.distributions(batch).values()]
+        return torch.cat([mean.reshape(len(mean), -1) for mean in means], -1)
+
     def finalize(self, batch: Batch) -> None:
         """Do what is left to do once the optimiser has finished, such as a Laplace approximation."""
+
+
+def mean_of(q: Distribution) -> Tensor:
+    """Mean of q, its probabilities if it is categorical, or the mean of 1000 draws where there is no formula."""
+    if isinstance(q, torch.distributions.Categorical):
+        return q.probs
+    try:
+        return q.mean
+    except NotImplementedError:
+        return q.sample((DRAWS,)).mean(0)

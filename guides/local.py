@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import pyro
+import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Categorical, Distribution
 
-from elbozoo.guides.base import Guide, GuideOptions
-from elbozoo.guides.families import FAMILIES
+from elbozoo.guides.base import DRAWS, Guide, GuideOptions
+from elbozoo.guides.families import FAMILIES, Family
 from elbozoo.guides.sources import SOURCES
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.entry import Entry, joint_posterior
+from elbozoo.models.contract.joint import Joint
+from elbozoo.models.contract.sequences import SequenceEntry
 from elbozoo.models.contract.sites import DATA_PLATE, LatentSite
 
 
 class LocalGuide(Guide):
     """q(z given x) of one family, with parameters from one source, independent between sites.
+
+    A family over real vectors serves the finite sites of a mixed program by a categorical.
 
     Parameters
     ----------
@@ -32,8 +37,9 @@ class LocalGuide(Guide):
     def __init__(
         self, name: str, family: str, source: str, sites: list[LatentSite], x: Tensor, options: GuideOptions
     ) -> None:
-        super().__init__(name, family, source, FAMILIES[family].discrete)
-        self.families = {site.name: FAMILIES[family](site, options) for site in sites}
+        discrete = [site.is_discrete for site in sites]
+        super().__init__(name, family, source, is_discrete=all(discrete), has_discrete=any(discrete))
+        self.families = {site.name: family_of(site, family)(site, options) for site in sites}
         self.sources = nn.ModuleDict(
             {site: SOURCES[source](member.initial().to(x.dtype), x, options) for site, member in self.families.items()}
         )
@@ -55,30 +61,65 @@ class ExactGuide(Guide):
     """
 
     def __init__(self, entry: Entry, sites: list[LatentSite]) -> None:
-        super().__init__("exact", "posterior", "exact" if sites[0].is_local else "global", sites[0].is_discrete)
+        source = "exact" if sites[0].is_local else "global"
+        enumerable = [site.is_enumerable for site in sites]
+        super().__init__("exact", "posterior", source, is_discrete=all(enumerable), has_discrete=any(enumerable))
         # In a tuple, so that the model's parameters are not registered a second time as the guide's.
         self._entry = (entry,)
-        self._site = sites[0]
+        self._sites = sites
+        self.is_path = isinstance(entry, SequenceEntry)
 
-    def distributions(self, batch: Batch) -> dict[str, Distribution]:
+    def posterior(self, batch: Batch) -> Joint:
         """p(z given x): batch shape (B,) for local latents; a global latent needs the full batch."""
-        if not self._site.is_local and len(batch.x) != batch.total:
+        if not self.is_local and len(batch.x) != batch.total:
             raise ValueError(
                 f"the exact posterior of a global latent needs all {batch.total} rows, found {len(batch.x)}"
             )
-        return {self._site.name: self._entry[0].posterior(batch.x)}
+        return joint_posterior(self._entry[0], batch.x, self._sites)  # type: ignore[arg-type]
+
+    def distributions(self, batch: Batch) -> dict[str, Distribution]:
+        """p(z given x) of each site; one of several is that of its site given no other, where that is one."""
+        conditionals = self.posterior(batch).conditionals
+        if any(not isinstance(conditional, Distribution) for conditional in conditionals.values()):
+            raise NotImplementedError(f"the exact posterior ties the sites {list(conditionals)} together")
+        return conditionals  # type: ignore[return-value]
+
+    def means(self, batch: Batch) -> Tensor:
+        """Mean of the posterior of each row; by draws where its sites depend on one another."""
+        posterior = self.posterior(batch)
+        if len(posterior.conditionals) == 1:
+            return super().means(batch)
+        draws = posterior.sample((DRAWS,))
+        means = []
+        for name, conditional in posterior.items():
+            exact = isinstance(conditional, Categorical)
+            mean = conditional.probs if exact else draws[name].mean(0)  # type: ignore[union-attr]
+            means.append(mean.reshape(len(batch.x), -1))
+        return torch.cat(means, -1)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Sample the latent site from the posterior."""
-        if self._site.is_local:
-            return _sample_in_plate(self.distributions(batch), batch)
-        return {name: pyro.sample(name, q) for name, q in self.distributions(batch).items()}
+        """Sample the latent sites from the posterior."""
+        posterior = self.posterior(batch)
+        if not self.is_local:
+            return posterior.draw(pyro.sample)
+        with pyro.plate(DATA_PLATE, batch.total, subsample=batch.index):
+            return posterior.draw(sample_enumerable)
+
+
+def family_of(site: LatentSite, family: str) -> type[Family]:
+    """Return the family that serves ``site`` where ``family`` was asked for."""
+    return FAMILIES["categorical"] if site.is_discrete else FAMILIES[family]
+
+
+def sample_enumerable(name: str, q: Distribution) -> Tensor:
+    """Sample a site of a guide so that an enumerated objective sums over it where it is finite.
+
+    Other objectives ignore the tag and draw.
+    """
+    value: Tensor = pyro.sample(name, q, infer={"enumerate": "parallel"} if q.has_enumerate_support else {})
+    return value
 
 
 def _sample_in_plate(distributions: dict[str, Distribution], batch: Batch) -> dict[str, Tensor]:
-    # The tag lets an enumerated objective sum over a discrete q; other objectives ignore it and sample.
     with pyro.plate(DATA_PLATE, batch.total, subsample=batch.index):
-        return {
-            name: pyro.sample(name, q, infer={"enumerate": "parallel"} if q.has_enumerate_support else {})
-            for name, q in distributions.items()
-        }
+        return {name: sample_enumerable(name, q) for name, q in distributions.items()}

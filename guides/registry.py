@@ -11,9 +11,11 @@ from elbozoo.guides.autoguides import AUTOGUIDES, GlobalGuide
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.guides.families import FAMILIES
 from elbozoo.guides.local import ExactGuide, LocalGuide
+from elbozoo.guides.sequences import STEP_SOURCES, SequenceGuide
 from elbozoo.guides.sources import SOURCES
 from elbozoo.models.contract.entry import Entry, HasPosterior
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
+from elbozoo.models.contract.sequences import SequenceEntry
 from elbozoo.models.contract.sites import LatentSite
 
 
@@ -36,11 +38,11 @@ def guide_cards(entry: Entry, sites: list[LatentSite] | None = None) -> list[Gui
     """Return a card for every guide there is, with the reason where it does not fit ``entry``."""
     sites = sites if sites is not None else entry.latent_sites()
     cards = [
-        GuideCard(name, family, source, _local_refusal(sites, family, source))
+        GuideCard(name, family, source, _local_refusal(entry, sites, family, source))
         for name, (family, source) in LOCAL_NAMES.items()
     ]
     cards += [GuideCard(name, name, "global", _global_refusal(sites, name)) for name in GLOBAL_NAMES]
-    return [*cards, GuideCard("exact", "posterior", "exact", _exact_refusal(entry, sites))]
+    return [*cards, GuideCard("exact", "posterior", "exact", _exact_refusal(entry))]
 
 
 def guide_names(entry: Entry) -> list[str]:
@@ -88,50 +90,59 @@ def build_guide(name: str, entry: Entry, x: Tensor, options: GuideOptions | None
         See :func:`resolve_guide`.
     """
     options = options or GuideOptions()
-    sites = entry.latent_sites()
+    sites = entry.latent_sites(x)
     canonical = resolve_guide(name, entry, sites)
     if canonical == "exact":
         return ExactGuide(entry, sites)
     if canonical in LOCAL_NAMES:
         family, source = LOCAL_NAMES[canonical]
+        if isinstance(entry, SequenceEntry):
+            return SequenceGuide(canonical, family, source, sites, x, options)
         return LocalGuide(canonical, family, source, sites, x, options)
-    return GlobalGuide(canonical, entry, x, options)
+    return GlobalGuide(canonical, entry, x, options, summed_out=[site.name for site in sites if site.is_local])
 
 
 def _expand_alias(name: str, sites: list[LatentSite]) -> str:
     if name not in ALIASES:
         return name
-    default = "categorical" if sites[0].is_discrete else "diagonal-normal"
+    default = "categorical" if all(site.is_discrete for site in sites) else "diagonal-normal"
     family = {"full-rank": "full-rank-normal", "low-rank": "low-rank-normal"}.get(name, default)
-    if not sites[0].is_local and name in ("mean-field", "full-rank", "low-rank"):
+    if _has_global(sites) and name in ("mean-field", "full-rank", "low-rank"):
         return family
     source = name if name in SOURCES else "free"
     return f"{source}-{family}"
 
 
-def _local_refusal(sites: list[LatentSite], family: str, source: str) -> str | None:
+def _has_global(sites: list[LatentSite]) -> bool:
+    return any(not site.is_local for site in sites)
+
+
+def _local_refusal(entry: Entry, sites: list[LatentSite], family: str, source: str) -> str | None:
     for site in sites:
         if not site.is_local:
             return f"the latent {site.name!r} is one for the whole data set, so there is no q per datum to be {source}"
-        if reason := FAMILIES[family].refusal(site):
-            return reason
+    if isinstance(entry, SequenceEntry) and source not in STEP_SOURCES:
+        return f"a datum is a sequence, and sequences of different lengths have no {source} q"
+    # A program with both kinds of latents has a family for the continuous ones and a categorical for the others.
+    fitting = [site for site in sites if FAMILIES[family].refusal(site) is None]
+    refused = [site for site in sites if site not in fitting]
+    if not fitting or (family == "categorical" and refused):
+        return FAMILIES[family].refusal(refused[0])
     return None
 
 
 def _global_refusal(sites: list[LatentSite], name: str) -> str | None:
     for site in sites:
-        if site.is_local:
+        if site.is_local and not (site.is_enumerable and _has_global(sites)):
             instead = name if name in FAMILIES else "diagonal-normal"
             return (
                 f"the latent {site.name!r} is local, one per datum, so say whose parameters, "
                 f"as in free-{instead} or amortized-{instead}"
             )
-        if site.is_discrete:
+        if site.is_discrete and not site.is_local:
             return f"the latent {site.name!r} takes {site.cardinality} values, and {name} is a family over real vectors"
     return None
 
 
-def _exact_refusal(entry: Entry, sites: list[LatentSite]) -> str | None:
-    if not isinstance(entry, HasPosterior):
-        return f"{entry.name()} has no exact posterior"
-    return None if len(sites) == 1 else f"the exact posterior covers one latent site, found {[s.name for s in sites]}"
+def _exact_refusal(entry: Entry) -> str | None:
+    return None if isinstance(entry, HasPosterior) else f"{entry.name()} has no exact posterior"

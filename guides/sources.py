@@ -38,11 +38,7 @@ class Free(nn.Module):
         InvalidInput
             For a batch of another data set.
         """
-        if batch.total != len(self.values):
-            raise InvalidInput(
-                f"found {batch.total} rows, expected the {len(self.values)} rows of the fit: a free guide has one q "
-                "for each of those and none for others; use an amortized guide for new data"
-            )
+        refuse_other_rows(batch, len(self.values), "rows")
         return self.values[batch.index]
 
 
@@ -65,6 +61,21 @@ class Amortized(nn.Module):
 
 
 SOURCES: dict[str, type[nn.Module]] = {"shared": Shared, "free": Free, "amortized": Amortized}
+
+
+def refuse_other_rows(batch: Batch, expected: int, what: str) -> None:
+    """Refuse a batch of another data set, for whose data a free guide has no q.
+
+    Raises
+    ------
+    InvalidInput
+        If the batch is one of a data set of another size.
+    """
+    if batch.total != expected:
+        raise InvalidInput(
+            f"found {batch.total} {what}, expected the {expected} {what} of the fit: a free guide has one q "
+            "for each of those and none for others; use an amortized guide for new data"
+        )
 
 
 def encoder(columns: int, start: Tensor, options: GuideOptions) -> nn.Sequential:

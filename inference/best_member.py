@@ -19,7 +19,7 @@ from scipy.stats import norm, qmc
 from torch import Tensor
 from torch.distributions import Distribution
 
-from elbozoo.guides.base import GuideOptions
+from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.guides.families import FAMILIES, Family, LowRankNormal, Reshaped
 from elbozoo.guides.local import LocalGuide
 from elbozoo.inference.weights import PARTICLE_DIM, log_joint
@@ -43,7 +43,7 @@ CHUNK_ELEMENTS = 2**23
 class BestMember(NamedTuple):
     """A free guide of the family, whether it is at its maximum, and how it was found."""
 
-    guide: LocalGuide
+    guide: Guide
     converged: bool
     method: str
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -121,6 +121,7 @@ def run_comparison(
     options: Mapping[str, Any],
     *,
     name: str = "data",
+    names: Sequence[str] | None = None,
     progress: bool = True,
     on_fit: Callable[[Fit], None] = lambda fit: None,
 ) -> Comparison:
@@ -140,6 +141,8 @@ def run_comparison(
         Options by name, given to every method that reads them.
     name : str
         Name of the data in the results.
+    names : sequence of str, optional
+        Names of the columns.
     on_fit : callable
         Called with each fit as it ends.
 
@@ -151,11 +154,11 @@ def run_comparison(
         If a fit breaks down, or a bound exceeds the truth.
     """
     chosen = _seeds(seeds)
-    plans = [plan(model, x, method, options) for method in _unique(methods)]
+    plans = [plan(model, x, method, options, names) for method in _unique(methods)]
     warn_of_unread(plans)
     fits = _fits(plans, chosen, progress, on_fit)
     # One closed form serves all fits, which share the model and the rows.
-    closed_form = closed_form_evidence(fits[0].entry, x)
+    closed_form = closed_form_evidence(fits[0].entry, plans[0].x)
     ledgers = _with_learning_gaps(_ledgers(fits, closed_form, progress), closed_form)
     table = pd.DataFrame([_row(fit, ledger) for fit, ledger in zip(fits, ledgers, strict=True)])
     data = {"name": name, "rows": x.shape[0], "columns": x.shape[1]}

@@ -25,9 +25,9 @@ def k_hat(weights: Weights) -> KHat | None:
 
     Taken over a whole data set, the k-hat of a good q grows with the number of rows, so each datum has its own.
     Weights that are constant to rounding, as those of the exact posterior, have no tail: their k-hat is 0.
-    Returns None for an enumerated latent, whose expectations are sums and need no repair.
+    Returns None where every latent is enumerated: expectations are sums and need no repair.
     """
-    if weights.is_enumerated:
+    if weights.is_enumerated and weights.log_weight.shape[1] == 1:
         return None
     log_weight = weights.marginal().numpy().T
     varying = np.ptp(log_weight, axis=1) > CONSTANT

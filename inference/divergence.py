@@ -12,10 +12,12 @@ from torch.distributions import Categorical, Distribution, Independent, Multivar
 from torch.distributions.kl import kl_divergence
 
 from elbozoo.guides.base import Guide
+from elbozoo.guides.local import ExactGuide
 from elbozoo.inference.weights import PARTICLE_DIM
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry, HasPosterior
+from elbozoo.models.contract.entry import Entry, HasPosterior, joint_posterior
 from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.contract.joint import Joint
 from elbozoo.models.contract.sites import stochastic_nodes
 
 PARTICLES = 2000
@@ -34,29 +36,38 @@ def kl_to_posterior(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Diverge
         return None
     batch = Batch.full(x)
     with isolated(seed), torch.no_grad():
-        posterior = entry.posterior(x)
-        if guide.is_local:
-            (q,) = guide.distributions(batch).values()
+        posterior = joint_posterior(entry, x, entry.latent_sites(x))
+        if not guide.is_local:
+            return _by_draws(guide, posterior, batch)
+        exact = isinstance(guide, ExactGuide)
+        q = guide.posterior(batch) if exact else Joint(guide.distributions(batch))  # type: ignore[attr-defined]
+        if len(q.conditionals) == 1:
+            ((mine, truth),) = zip(q.conditionals.values(), posterior.conditionals.values(), strict=True)
             try:
-                return Divergence(float(_closed_form(q, posterior).sum()), 0.0)
+                return Divergence(float(_closed_form(mine, truth).sum()), 0.0)
             except NotImplementedError:
-                return _by_draws_of_rows(q, posterior)
-        return _by_draws(guide, posterior, batch)
+                pass
+        return _by_draws_of_rows(q, posterior)
 
 
-def _by_draws(guide: Guide, posterior: Distribution, batch: Batch) -> Divergence:
+def _by_draws(guide: Guide, posterior: Joint, batch: Batch) -> Divergence:
     with pyro.plate("particles", PARTICLES, dim=PARTICLE_DIM):
         trace = poutine.trace(guide).get_trace(batch)
     trace.compute_log_prob()
     difference = torch.zeros(PARTICLES, dtype=batch.x.dtype)
     for _, node in stochastic_nodes(trace):
         difference += node["log_prob"].reshape(PARTICLES)
-    (value,) = [node["value"] for _, node in stochastic_nodes(trace) if not node["infer"].get("is_auxiliary")]
-    difference -= posterior.log_prob(value.reshape(PARTICLES, *posterior.event_shape))
+    values = {name: trace.nodes[name]["value"] for name in posterior.conditionals}
+    difference -= posterior.log_prob({name: _drawn(value) for name, value in values.items()})
     return Divergence(float(difference.mean()), float(difference.std() / PARTICLES**0.5))
 
 
-def _by_draws_of_rows(q: Distribution, posterior: Distribution) -> Divergence:
+def _drawn(value: Tensor) -> Tensor:
+    # Without the dimension of the data plate, in which a global latent does not vary.
+    return value.reshape(PARTICLES, *value.shape[2:])
+
+
+def _by_draws_of_rows(q: Joint, posterior: Joint) -> Divergence:
     z = q.sample((PARTICLES,))
     difference = q.log_prob(z) - posterior.log_prob(z)
     return Divergence(float(difference.mean(0).sum()), float((difference.var(0) / PARTICLES).sum().sqrt()))

@@ -88,7 +88,7 @@ def expected_statistics(entry: Entry, x: Tensor, chunk: int) -> Any:
 
 def _one_start(entry: Entry, x: Tensor, options: EMOptions) -> EMRun:
     assert isinstance(entry, SupportsEM)
-    monitor, trajectory = MonotoneMonitor(options.tolerance, len(x)), Trajectory(is_elbo=True)
+    monitor, trajectory = MonotoneMonitor(options.tolerance, entry.count(x)), Trajectory(is_elbo=True)
     converged = interrupted = False
     with torch.no_grad():
         try:

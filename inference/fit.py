@@ -14,12 +14,11 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.inference.evidence import PARTICLES, Evidence, evidence_or_estimate
 from elbozoo.inference.inferencedata import inference_data
-from elbozoo.inference.ledger import Ledger, compute_ledger, elbo_estimate
+from elbozoo.inference.ledger import Ledger, compute_ledger, elbo_of
 from elbozoo.inference.storage import read_fit, save_fit
 from elbozoo.inference.svi import unique_parameters
 from elbozoo.inference.weights import importance_weights
@@ -27,6 +26,7 @@ from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, HasClosedForm, HasOracle
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.contract.sequences import SequenceEntry, by_row
 
 EVALUATION_STREAM = 7_919  # keeps the draws of an evaluation apart from those of the fit with the same seed
 
@@ -59,7 +59,7 @@ class Fit:
     model : str
         Name of the entry.
     method : str
-        ``em``, ``closed-form`` or the name of a guide.
+        ``em``, ``closed-form``, ``cavi``, ``nuts`` or the name of a guide.
     seed : int
         Seed of everything random in the fit.
     entry : Entry
@@ -80,12 +80,14 @@ class Fit:
         Options that were given, by name.
     guide_options : GuideOptions
         Options of the guide.
+    shape : tuple of int
+        Shape of the data of the fit, arranged.
     notes : list of str
         What a reader of the figures should know, such as collapsed components.
     provenance : dict
         Versions of the libraries, platform and threads.
-    x : Tensor (N, D) or None
-        The data of the fit, float64; None after :meth:`load`.
+    x : Tensor or None
+        The data of the fit, arranged, float64; None after :meth:`load`.
     """
 
     model: str
@@ -100,7 +102,7 @@ class Fit:
     interrupted: bool
     options: dict[str, Any]
     guide_options: GuideOptions
-    rows: int
+    shape: tuple[int, ...]
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, str] = field(default_factory=provenance)
     x: Tensor | None = None
@@ -118,7 +120,7 @@ class Fit:
         rows = self._rows(x)
         if not self.guide.is_bound:
             return math.nan
-        return elbo_estimate(self._weights(rows))[0]
+        return elbo_of(self.entry, self.guide, rows, self._weights(rows))[0]
 
     def log_evidence(self, x: Any = None) -> Evidence | None:
         """Return log p(x) of the rows ``x`` (N, D), or of the data of the fit, with its error and its kind.
@@ -160,8 +162,8 @@ class Fit:
                 raise InvalidInput(
                     f"{self.model} has one latent for the whole data set, so rows have none of their own to return"
                 )
-            means = [_mean(q) for q in self.guide.distributions(batch).values()]
-            return torch.cat([mean.reshape(len(mean), -1) for mean in means], -1)
+            means = self.guide.means(batch)
+            return by_row(batch.x, means) if isinstance(self.entry, SequenceEntry) else means
 
     def score_samples(self, x: Any = None) -> Tensor:
         """Return log p(x_n) of each row, (N,), nats: exact, by quadrature or estimated as the entry allows."""
@@ -173,8 +175,8 @@ class Fit:
         return evidence.per_datum
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
-        """Draw ``n`` new rows from the fitted model, (n, D)."""
-        return self.entry.simulate(n, seed)[0]
+        """Draw ``n`` new rows from the fitted model, (n, D); of a sequence model, one sequence of ``n`` steps."""
+        return self.entry.simulate_table(n, seed)[0]
 
     def to_inferencedata(self, x: Any = None, *, draws: int = 1000) -> arviz.InferenceData:
         """Return draws of z, of new data and the log-likelihood as ArviZ's InferenceData, one chain.
@@ -204,10 +206,11 @@ class Fit:
             if self.x is None:
                 raise InvalidInput("a loaded fit does not carry its data; pass the rows x")
             return self.x
-        rows = _numbers(x)
-        if rows.ndim != 2 or rows.shape[1] != self.entry.columns:
-            raise InvalidInput(f"found data of shape {tuple(rows.shape)}, expected (rows, {self.entry.columns})")
-        if not torch.isfinite(rows).all():
+        given = _numbers(x)
+        rows = self.entry.arrange(given, self.entry.options) if given.ndim == 2 else given
+        if rows.ndim != len(self.shape) or self.entry.width(rows) != self.entry.columns:
+            raise InvalidInput(f"found data of shape {tuple(given.shape)}, expected (rows, {self.entry.columns})")
+        if rows.isinf().any() or (rows.isnan().any() and not self.entry.allows_missing):
             raise InvalidInput("found NaN or infinity in the rows, expected finite numbers; leave those rows out")
         return rows
 
@@ -221,15 +224,6 @@ def _numbers(x: Any) -> Tensor:
         return torch.tensor(np.asarray(source, dtype=np.float64))
     except (TypeError, ValueError):
         raise InvalidInput(f"found a {type(x).__name__} that holds no numbers, expected rows (N, D) of them") from None
-
-
-def _mean(q: Distribution) -> Tensor:
-    if isinstance(q, torch.distributions.Categorical):
-        return q.probs
-    try:
-        return q.mean
-    except NotImplementedError:
-        return q.sample((PARTICLES,)).mean(0)
 
 
 def closed_form_evidence(entry: Entry, x: Tensor) -> float:

@@ -14,30 +14,46 @@ import torch
 from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
+from elbozoo.guides.conjugate import ConjugateGuide
+from elbozoo.guides.draws import DrawsGuide
 from elbozoo.guides.registry import ALL_NAMES, build_guide, guide_names, resolve_guide
 from elbozoo.inference.best_member import best_member
+from elbozoo.inference.cavi import CAVIOptions, run_cavi
 from elbozoo.inference.em import EMOptions, run_em
 from elbozoo.inference.fit import Fit
 from elbozoo.inference.monte_carlo_em import MonteCarloEMOptions, run_monte_carlo_em
+from elbozoo.inference.nuts import NUTSOptions, run_nuts
 from elbozoo.inference.objectives import resolve_objective
 from elbozoo.inference.svi import TrainingOptions, run_svi
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry, HasClosedForm, HasOracle, HasPosterior, Program, SupportsEM
+from elbozoo.models.contract.entry import (
+    Entry,
+    HasClosedForm,
+    HasOracle,
+    HasPosterior,
+    Program,
+    SupportsCAVI,
+    SupportsEM,
+)
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.isolation import SEEDS, isolated
 from elbozoo.models.contract.options import Options
 from elbozoo.models.contract.registry import get_entry
+from elbozoo.models.contract.sequences import SequenceEntry
 
 logger = logging.getLogger(__name__)
 
-SCHEMAS: tuple[type[Options], ...] = (GuideOptions, TrainingOptions, EMOptions, MonteCarloEMOptions)
 SCHEMA_TITLES: dict[type[Options], str] = {
     GuideOptions: "guide",
     TrainingOptions: "SVI",
     EMOptions: "EM",
     MonteCarloEMOptions: "Monte Carlo EM",
+    CAVIOptions: "CAVI",
+    NUTSOptions: "NUTS",
 }
+SCHEMAS: tuple[type[Options], ...] = tuple(SCHEMA_TITLES)
+SPECIAL = ("em", "closed-form", "cavi", "nuts")
 POSTERIOR_FAMILY = "full-rank-normal"
 
 
@@ -72,11 +88,14 @@ class Plan:
 
     def reads(self) -> set[str]:
         """Return the names of the options that this fit reads."""
-        schemas: tuple[type[Options], ...] = (GuideOptions, TrainingOptions)
-        if self.method == "em":
-            schemas = (EMOptions,) if isinstance(self.entry, SupportsEM) else (MonteCarloEMOptions,)
-        elif self.method == "closed-form":
-            schemas = ()
+        em: type[Options] = EMOptions if isinstance(self.entry, SupportsEM) else MonteCarloEMOptions
+        of_method: dict[str, tuple[type[Options], ...]] = {
+            "em": (em,),
+            "closed-form": (),
+            "cavi": (CAVIOptions,),
+            "nuts": (NUTSOptions,),
+        }
+        schemas = of_method.get(self.method, (GuideOptions, TrainingOptions))
         return {name for schema in (type(self.entry.options), *schemas) for name in schema.model_fields}
 
     def schema(self, cls: type[Options]) -> Any:
@@ -84,7 +103,7 @@ class Plan:
         return cls.parse({k: v for k, v in self.options.items() if k in cls.model_fields})
 
 
-def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any]) -> Plan:
+def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any], names: Sequence[str] | None = None) -> Plan:
     """Check everything about a fit before it runs.
 
     Parameters
@@ -94,24 +113,26 @@ def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any]) -> Plan
     x : Tensor (N, D)
         Data, float64.
     method : str
-        ``em``, ``closed-form`` or a guide's name.
+        ``em``, ``closed-form``, ``cavi``, ``nuts`` or a guide's name.
     options : mapping
         Options of the model, the guide and the method, by name; one name is one option wherever it is read.
+    names : sequence of str, optional
+        Names of the columns of ``x``.
 
     Raises
     ------
     InvalidInput
         For anything unknown, out of range, or that does not fit together.
     """
-    build, entry_options = _builder(model, x, options)
+    build, entry_options = _builder(model, x, options, names)
     rest = {k: v for k, v in options.items() if k not in entry_options.model_fields}
     _check_names(rest, entry_options)
     entry = build(0)
     canonical = resolve_method(method, entry)
-    result = Plan(canonical, method, entry, x, dict(options), build)
+    result = Plan(canonical, method, entry, entry.arrange(x, entry.options), dict(options), build)
     for schema in SCHEMAS:
         result.schema(schema)
-    if canonical not in ("em", "closed-form"):
+    if canonical not in SPECIAL:
         _check_objective(result)
     return result
 
@@ -150,7 +171,7 @@ def method_names(entry: Entry) -> list[str]:
 
 def default_methods(entry: Entry) -> list[str]:
     """Return the methods that are compared when none are named."""
-    if not entry.latent_sites()[0].is_local:
+    if any(not site.is_local for site in entry.latent_sites()):
         return ["mean-field", "full-rank", "laplace"]
     return [name for name in ("em", "mean-field", "amortized") if _refusals(entry).get(name) is None]
 
@@ -177,23 +198,37 @@ def resolve_method(name: str, entry: Entry) -> str:
 
 
 def _refusals(entry: Entry) -> dict[str, str | None]:
-    site = entry.latent_sites()[0]
-    em = None
-    if not isinstance(entry, SupportsEM) and not (site.is_local and site.is_real and list(entry.parameters())):
+    sites = entry.latent_sites()
+    learns = bool(list(entry.parameters()))
+    em = closed = cavi = nuts = None
+    if not isinstance(entry, SupportsEM) and not (
+        len(sites) == 1 and sites[0].is_local and sites[0].is_real and learns and not isinstance(entry, SequenceEntry)
+    ):
         em = (
-            "it has no E and M step in closed form, and Monte Carlo EM needs a continuous latent per datum "
+            "it has no E and M step in closed form, and Monte Carlo EM needs one continuous latent per datum "
             "and parameters to learn"
         )
-    closed = None if isinstance(entry, HasClosedForm) else "no closed form of its maximum is known"
-    return {"em": em, "closed-form": closed}
+    if not isinstance(entry, HasClosedForm):
+        closed = "no closed form of its maximum is known"
+    if not isinstance(entry, SupportsCAVI):
+        cavi = "it is not known to be conditionally conjugate"
+    if learns:
+        nuts = "it has parameters to learn, and NUTS samples latents alone"
+    elif any(site.is_local and not site.is_enumerable for site in sites):
+        nuts = "its latents are local, one per datum, and NUTS is the reference for global ones"
+    elif any(site.is_discrete and not site.is_local for site in sites):
+        nuts = "a latent is discrete, and NUTS follows gradients"
+    return {"em": em, "closed-form": closed, "cavi": cavi, "nuts": nuts}
 
 
-def _builder(model: Any, x: Tensor, options: Mapping[str, Any]) -> tuple[Callable[[int], Entry], type[Options]]:
+def _builder(
+    model: Any, x: Tensor, options: Mapping[str, Any], names: Sequence[str] | None
+) -> tuple[Callable[[int], Entry], type[Options]]:
     if isinstance(model, str):
         model = get_entry(model)
     if isinstance(model, type) and issubclass(model, Entry):
         given = {k: v for k, v in options.items() if k in model.Options.model_fields}
-        return lambda seed: model.from_data(x, seed=seed, **given), model.Options
+        return lambda seed: model.from_data(x, seed=seed, names=names, **given), model.Options
     return lambda seed: program_entry(model, x), Options
 
 
@@ -206,7 +241,7 @@ def _check_names(options: Mapping[str, Any], entry_options: type[Options]) -> No
 
 def _check_objective(plan: Plan) -> None:
     with isolated(0):
-        guide = build_guide(plan.method, plan.entry, plan.x[:2].to(plan.entry.dtype), plan.schema(GuideOptions))
+        guide = build_guide(plan.method, plan.entry, plan.x.to(plan.entry.dtype), plan.schema(GuideOptions))
     resolve_objective(plan.schema(TrainingOptions).objective, guide)
 
 
@@ -261,7 +296,25 @@ def _run_closed_form(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: b
     return _fit(plan, entry, build_guide("exact", entry, x), seed, "log p(x)", trajectory, seconds, True, False)
 
 
-_RUNNERS = {"em": _run_em, "closed-form": _run_closed_form}
+def _run_cavi(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
+    before = time.perf_counter()
+    run = run_cavi(entry, x, plan.schema(CAVIOptions), seed=seed, progress=progress)
+    seconds = time.perf_counter() - before
+    guide = ConjugateGuide(entry, run.factors)
+    return _fit(plan, entry, guide, seed, "elbo", run.trajectory, seconds, run.converged, run.interrupted, run.notes)
+
+
+def _run_nuts(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
+    before = time.perf_counter()
+    run = run_nuts(entry, x, plan.schema(NUTSOptions), seed=seed, progress=progress)
+    seconds = time.perf_counter() - before
+    guide = DrawsGuide(run.draws)
+    return _fit(
+        plan, entry, guide, seed, "log p(x, z)", run.trajectory, seconds, run.converged, run.interrupted, run.notes
+    )
+
+
+_RUNNERS = {"em": _run_em, "closed-form": _run_closed_form, "cavi": _run_cavi, "nuts": _run_nuts}
 
 
 def _fit(
@@ -290,7 +343,7 @@ def _fit(
         interrupted=interrupted,
         options=plan.options,
         guide_options=plan.schema(GuideOptions),
-        rows=len(plan.x),
+        shape=tuple(plan.x.shape),
         notes=notes or [],
         x=plan.x.double(),
     )

@@ -11,18 +11,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from elbozoo.guides.base import GuideOptions
+from elbozoo.guides.base import Guide, GuideOptions
+from elbozoo.guides.conjugate import ConjugateGuide
+from elbozoo.guides.draws import DrawsGuide
 from elbozoo.guides.registry import build_guide
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Program
+from elbozoo.models.contract.entry import Entry, Program
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.contract.registry import get_entry
+from elbozoo.models.contract.sequences import SequenceEntry
 
 if TYPE_CHECKING:
     from elbozoo.inference.fit import Fit
 
-FORMAT = 1
+FORMAT = 2
 CARD, MODEL, GUIDE, TRAJECTORY = "fit.json", "model.safetensors", "guide.safetensors", "trajectory.csv"
 
 
@@ -102,8 +105,9 @@ def _card(fit: Fit) -> dict[str, Any]:
         "guide": fit.guide.name,
         "objective": fit.objective,
         "seed": fit.seed,
-        "rows": fit.rows,
+        "shape": list(fit.shape),
         "columns": fit.entry.columns,
+        "names": list(fit.entry.names),
         "model_options": fit.entry.options.model_dump(),
         "guide_options": fit.guide_options.model_dump(),
         "options": fit.options,
@@ -120,13 +124,8 @@ def _restore(card: dict[str, Any], folder: Path) -> dict[str, Any]:
     entry = entry_class(entry_class.Options.parse(card["model_options"]), card["columns"]).double()
     entry.load_state_dict(load_file(folder / MODEL))
     guide_options = GuideOptions.parse(card["guide_options"])
-    # The guide takes its shapes from data, and a Laplace guide its curvature: any data of the right size will do.
-    x, _ = entry.simulate(card["rows"], seed=0)
-    with isolated(0):
-        guide = build_guide(card["guide"], entry, x, guide_options)
-        if card["guide"] == "laplace":
-            guide.finalize(Batch.full(x))
-    guide.load_state_dict(load_file(folder / GUIDE))
+    entry.names = tuple(card["names"])
+    guide = _restore_guide(card["guide"], entry, tuple(card["shape"]), guide_options, load_file(folder / GUIDE))
     kept = (
         "model",
         "method",
@@ -136,17 +135,41 @@ def _restore(card: dict[str, Any], folder: Path) -> dict[str, Any]:
         "converged",
         "interrupted",
         "options",
-        "rows",
         "notes",
         "provenance",
     )
     return {
         **{key: card[key] for key in kept},
+        "shape": tuple(card["shape"]),
         "entry": entry,
         "guide": guide,
         "guide_options": guide_options,
         "trajectory": pd.read_csv(folder / TRAJECTORY),
     }
+
+
+def _restore_guide(
+    name: str, entry: Entry, shape: tuple[int, ...], options: GuideOptions, tensors: dict[str, torch.Tensor]
+) -> Guide:
+    if name == DrawsGuide.NAME:
+        return DrawsGuide.from_state(tensors)
+    if name == ConjugateGuide.NAME:
+        return ConjugateGuide.from_state(entry, tensors)
+    # The guide takes its shapes from data, and a Laplace guide its curvature: any data of the right size will do.
+    x = placeholder(entry, shape)
+    with isolated(0):
+        guide = build_guide(name, entry, x, options)
+        if name == "laplace":
+            guide.finalize(Batch.full(x))
+    guide.load_state_dict(tensors)
+    return guide
+
+
+def placeholder(entry: Entry, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return data of ``shape`` that the entry could have made."""
+    if isinstance(entry, SequenceEntry):
+        return entry.simulate(shape[0], 0, steps=shape[1])[0]
+    return entry.simulate(shape[0], 0)[0]
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from elbozoo.inference.objectives import Objective
 from elbozoo.inference.progress import progress_bar
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.collapse import collapsed
 from elbozoo.models.contract.entry import Entry, HasOracle
 from elbozoo.models.contract.errors import NumericalFailure
 from elbozoo.models.contract.options import Field, Options
@@ -68,10 +69,11 @@ class PyroStep:
     def __init__(
         self, entry: Entry, guide: Guide, objective: Objective, particles: int, options: TrainingOptions
     ) -> None:
-        self.loss = objective.build(particles)(entry, guide)
+        self.loss = objective.build(particles, guide)(collapsed(entry, guide.summed_out), guide)
+        self.parameters = unique_parameters(entry, guide)
         self.clip_norm = options.clip_norm
         self.learning_rate = options.learning_rate
-        self.optimizer = torch.optim.Adam(unique_parameters(entry, guide), lr=options.learning_rate)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate)
 
     def __call__(self, batch: Batch) -> float:
         """Take one step; where the loss is not finite, leave the parameters as they are for a look at them."""
@@ -82,7 +84,7 @@ class PyroStep:
             return value
         loss.backward()
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.loss.parameters(), self.clip_norm * batch.total)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm * batch.total)
         self.optimizer.step()
         return value
 
@@ -126,6 +128,7 @@ def run_svi(
     step = make_step(entry, guide, objective, particles, options)
     size = _batch_size(batch, guide, options)
     schedule = _Schedule(options, epoch=batch.total // size)
+    rows = entry.count(batch.x)
     try:
         with (
             progress_bar(f"{entry.name()} {guide.name}", options.steps, progress) as report,
@@ -133,16 +136,16 @@ def run_svi(
         ):
             # Pyro warns of a loss that is not finite; here it ends the fit, with more to say.
             warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)
-            for count, rows in enumerate(_minibatches(batch, size)):
+            for count, part in enumerate(_minibatches(batch, size)):
                 if count == options.steps:
                     return SVIResult(trajectory, converged=options.schedule == "cosine", interrupted=False)
                 log_evidence = trajectory.evidence()
                 before = time.perf_counter()
-                objective_value = -_guarded(step, rows, entry, guide, count)
+                objective_value = -_guarded(step, part, entry, guide, count)
                 seconds = time.perf_counter() - before
                 trajectory.record(seconds, objective_value, log_evidence)
                 report(count + 1, f"{objective.name} {objective_value:.2f}")
-                if schedule.is_done(step, objective_value / batch.total, count):
+                if schedule.is_done(step, objective_value / rows, count):
                     return SVIResult(trajectory, converged=True, interrupted=False)
     except KeyboardInterrupt:
         return SVIResult(trajectory, converged=False, interrupted=True)
@@ -178,6 +181,8 @@ class _Schedule:
 def _batch_size(batch: Batch, guide: Guide, options: TrainingOptions) -> int:
     if options.batch_size is not None:
         return min(options.batch_size, batch.total)
+    if batch.x.ndim > 2:  # sequences, of which there are few
+        return min(MINIBATCH_ROWS, batch.total)
     is_network = batch.x.dtype == torch.float32 and guide.source == "amortized"
     if is_network or batch.total > FULL_BATCH_ROWS:
         return min(MINIBATCH_ROWS if is_network else FULL_BATCH_ROWS, batch.total)

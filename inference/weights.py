@@ -13,18 +13,18 @@ from torch import Tensor
 
 from elbozoo.guides.base import Guide
 from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.collapse import PARTICLE_DIM, collapsed
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.isolation import isolated
-from elbozoo.models.contract.sites import MAX_PLATE_NESTING, is_local_node, stochastic_nodes
+from elbozoo.models.contract.sites import is_local_node, stochastic_nodes
 
-PARTICLE_DIM = -1 - MAX_PLATE_NESTING
 CHUNK_ELEMENTS = 2**23
 
 
 class Weights(NamedTuple):
     """Log weights of S draws of z, for each of B rows, or (B = 1) for all data where the latent is global.
 
-    A discrete latent is not drawn but enumerated: E counts its values, and is 1 otherwise.
+    A finite latent is not drawn but enumerated: E counts its values, and is 1 otherwise.
 
     Attributes
     ----------
@@ -32,10 +32,14 @@ class Weights(NamedTuple):
         log p(x, z) - log q(z given x), nats.
     log_probability : Tensor (E, S, B)
         Log probability under q of the enumerated value; zero where E is 1.
+    common : Tensor (S,) or None
+        Log weight of the global latents where there are global and local ones: then no row has a weight of its
+        own, and all rows count as one datum.
     """
 
     log_weight: Tensor
     log_probability: Tensor
+    common: Tensor | None = None
 
     @property
     def is_enumerated(self) -> bool:
@@ -47,25 +51,38 @@ class Weights(NamedTuple):
         probability = self.log_probability.exp()
         # 0 log 0 = 0: a value without probability adds nothing, whatever its weight.
         terms = torch.where(probability > 0, probability * self.log_weight, torch.zeros_like(probability))
-        return terms.sum(0)
+        return self._together(terms.sum(0))
 
     def marginal(self) -> Tensor:
         """Log weight of each draw and row with the enumerated values summed out, (S, B), nats."""
-        return torch.logsumexp(self.log_weight + self.log_probability, 0)
+        return self._together(torch.logsumexp(self.log_weight + self.log_probability, 0))
+
+    def _together(self, rows: Tensor) -> Tensor:
+        return rows if self.common is None else (self.common + rows.sum(-1))[:, None]
 
 
 def importance_weights(entry: Entry, guide: Guide, batch: Batch, particles: int, seed: int) -> Weights:
     """Draw ``particles`` latents from the guide and weigh them against the model.
 
-    Rows are treated in chunks that bound the memory; the draws depend on ``seed`` alone.
+    Rows, and draws of a row that is a long sequence, are treated in chunks that bound the memory; the draws depend
+    on ``seed`` alone.
     """
     with isolated(seed), torch.no_grad():
         particles = 1 if guide.is_discrete else particles
         if not guide.is_local:
             return _global_weights(entry, guide, batch, particles)
-        rows = max(1, CHUNK_ELEMENTS // (particles * max(batch.x.shape[1], 1)))
-        parts = [_local_weights(entry, guide, batch.rows(i, i + rows), particles) for i in range(0, len(batch.x), rows)]
-    return Weights(*(torch.cat(tensors, -1) for tensors in zip(*parts, strict=True)))
+        elements = max(batch.x[0].numel(), 1)
+        at_once = max(1, min(particles, CHUNK_ELEMENTS // elements))
+        rows = max(1, CHUNK_ELEMENTS // (at_once * elements))
+        parts = [
+            [
+                _local_weights(entry, guide, batch.rows(i, i + rows), min(at_once, particles - drawn))
+                for drawn in range(0, particles, at_once)
+            ]
+            for i in range(0, len(batch.x), rows)
+        ]
+    columns = [[torch.cat(tensors, 1) for tensors in zip(*(p[:2] for p in draws), strict=True)] for draws in parts]
+    return Weights(*(torch.cat(tensors, -1) for tensors in zip(*columns, strict=True)))
 
 
 def log_joint(entry: Entry, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
@@ -98,22 +115,27 @@ def _local_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) -> 
 
 def _global_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) -> Weights:
     guide_trace, model_trace = _traces(entry, guide, batch, particles)
-    log_weight = batch.x.new_zeros(particles)
+    common = batch.x.new_zeros(particles)
+    local = batch.x.new_zeros(1, particles, len(batch.x))
     for sign, trace in ((1, model_trace), (-1, guide_trace)):
         for node in trace.nodes.values():
-            if _is_weighed(node):
-                # Unscaled: the batch is the whole data set, and a β of the objective's is no part of the ELBO.
-                term = node["unscaled_log_prob"]
-                width = len(batch.x) if is_local_node(node) else 1
-                log_weight = log_weight + sign * term.expand(particles, width).sum(-1)
-    return Weights(log_weight[None, :, None], torch.zeros_like(log_weight)[None, :, None])
+            # Unscaled: the batch is the whole data set, and a β of the objective's is no part of the ELBO.
+            if _is_weighed(node) and is_local_node(node):
+                local = local + sign * node["unscaled_log_prob"]
+            elif _is_weighed(node):
+                common = common + sign * node["unscaled_log_prob"].expand(particles, 1)[:, 0]
+    local = local.reshape(-1, *local.shape[-2:])
+    enumerated = [n["unscaled_log_prob"] for _, n in stochastic_nodes(guide_trace) if "_enumerate_dim" in n["infer"]]
+    log_probability = sum(enumerated, torch.zeros_like(local)).reshape(local.shape)
+    return Weights(local, log_probability, common)
 
 
 def _traces(entry: Entry, guide: Guide, batch: Batch, particles: int) -> tuple[poutine.Trace, poutine.Trace]:
     enumerating = poutine.enum(guide, first_available_dim=PARTICLE_DIM - 1)
     with pyro.plate("particles", particles, dim=PARTICLE_DIM):
         guide_trace = poutine.trace(enumerating).get_trace(batch)
-        model_trace = poutine.trace(poutine.replay(entry, trace=guide_trace)).get_trace(batch)
+        program = collapsed(entry, guide.summed_out)
+        model_trace = poutine.trace(poutine.replay(program, trace=guide_trace)).get_trace(batch)
     guide_trace.compute_log_prob()
     model_trace.compute_log_prob()
     return guide_trace, model_trace

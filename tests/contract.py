@@ -57,7 +57,16 @@ def joint_trace(program: Any, batch: Batch, values: dict[str, Tensor] | None = N
 
 def prior_draw(entry: Entry, batch: Batch, seed: int) -> dict[str, Tensor]:
     """One draw of every latent site from the prior."""
-    names = [site.name for site in entry.latent_sites()]
+    names = [site.name for site in entry.latent_sites(batch.x)]
     with isolated(seed), torch.no_grad(), pyro.validation_enabled(True):
         trace = poutine.trace(entry).get_trace(batch)
     return {name: trace.nodes[name]["value"].detach() for name in names}
+
+
+def changed(x: Tensor) -> Tensor:
+    """Other data of the same kind: the first half of the rows are copies of the first, so that counts stay counts."""
+    other = x.clone()
+    other[: len(x) // 2] = x[0]
+    if x.ndim == 3:  # each step keeps its row number
+        other[..., 0] = x[..., 0]
+    return other

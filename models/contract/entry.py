@@ -213,13 +213,10 @@ def default_names(columns: int) -> tuple[str, ...]:
     return tuple(f"x{position}" for position in range(columns))
 
 
-def joint_posterior(entry: HasPosterior, x: Tensor) -> Joint:
-    """Return the exact posterior over all latent sites, also where there is only one."""
+def joint_posterior(entry: HasPosterior, x: Tensor, sites: Sequence[LatentSite]) -> Joint:
+    """Return the exact posterior over the latent ``sites``, in one form however many there are."""
     posterior = entry.posterior(x)
-    if isinstance(posterior, Joint):
-        return posterior
-    (site,) = entry.latent_sites(x)  # type: ignore[attr-defined]
-    return Joint({site.name: posterior})
+    return posterior if isinstance(posterior, Joint) else Joint({sites[0].name: posterior})
 
 
 @runtime_checkable

@@ -52,7 +52,7 @@ def test_our_step_is_pyros_svi_on_the_same_noise(model: str, guide: str, objecti
         with pyro.get_param_store().scope():
             pyro.set_rng_seed(seed)
             optimizer = pyro.optim.Adam({"lr": options.learning_rate})
-            svi = pyro.infer.SVI(entry, q, optimizer, OBJECTIVES[objective].build(2))
+            svi = pyro.infer.SVI(entry, q, optimizer, OBJECTIVES[objective].build(2, q))
             return [-svi.step(batch) for _ in range(STEPS)]
 
     assert ours.tolist() == pytest.approx(by_pyro(3), rel=1e-9)

@@ -149,6 +149,7 @@ def auto_normal(entry: Entry, x: Tensor, **arguments: Any) -> Any:
     guide(Batch(x[:20], torch.arange(20), len(x)))
     guide.double()
     guide.is_discrete, guide.is_bound, guide.source, guide.name = False, True, "free", "AutoNormal"
+    guide.summed_out = ()
     return guide
 
 

@@ -7,13 +7,13 @@ import math
 import pyro
 import pytest
 import torch
-from contract import ROWS, entry_for, every_entry, example_data, joint_trace, prior_draw
+from contract import ROWS, changed, entry_for, every_entry, example_data, joint_trace, prior_draw
 from torch import Tensor
 
 from elbozoo.inference.convergence import MONOTONE_SLACK
 from elbozoo.inference.em import EMOptions, expected_statistics, run_em
 from elbozoo.models import Batch, Entry, capabilities, get_entry, list_models
-from elbozoo.models.contract.entry import HasOracle, HasPosterior, HasRowLikelihoods, SupportsEM
+from elbozoo.models.contract.entry import HasOracle, HasPosterior, HasPredictive, HasRowLikelihoods, SupportsEM, joint_posterior
 from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
 from elbozoo.models.contract.isolation import isolated
 
@@ -36,7 +36,7 @@ def test_page_and_options_are_written_for_readers(name: str) -> None:
     assert "$$" in page and "```bibtex" in page and "What goes wrong" in page
     assert len(entry.summary()) <= 100
     for option in entry.Options.describe():
-        assert option["description"] and option["default"] is not None, option
+        assert option["description"], option
 
 
 @entries
@@ -48,9 +48,12 @@ def test_simulation_replays_its_seed_and_leaves_the_callers_random_state(name: s
     assert torch.equal(torch.random.get_rng_state(), before)
     again, z_again = entry.simulate(7, seed=3)
     other, _ = entry.simulate(7, seed=4)
-    assert x.shape == (7, entry.columns)
-    assert torch.equal(x, again) and torch.equal(z, z_again)  # type: ignore[arg-type]
-    assert not torch.equal(x, other)
+    assert len(x) == 7 and entry.width(x) == entry.columns
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    latents, latents_again = (v if isinstance(v, dict) else {"z": v} for v in (z, z_again))
+    assert all(torch.equal(value, latents_again[site]) for site, value in latents.items())
+    table, classes = entry.simulate_table(7, seed=3)
+    assert len(table) == 7 and (classes is None or classes.shape == (7,))
 
 
 @entries
@@ -96,20 +99,35 @@ def test_joint_minus_posterior_is_the_evidence_for_every_latent(name: str) -> No
     entry, x = entry_for(name), example_data(name)
     assert isinstance(entry, HasPosterior) and isinstance(entry, HasOracle)
     batch = Batch.full(x)
-    (site,) = entry.latent_sites()
+    sites = entry.latent_sites(x)
     with torch.no_grad():
         truth = float(entry.log_evidence(x).sum())
         differences = []
         for seed in range(5):
             values = prior_draw(entry, batch, seed)
             joint = float(joint_trace(entry, batch, values).log_prob_sum())
-            differences.append(joint - float(entry.posterior(x).log_prob(values[site.name]).sum()))
+            differences.append(joint - float(joint_posterior(entry, x, sites).log_prob(values).sum()))
         assert differences == pytest.approx([truth] * 5, rel=1e-8, abs=1e-8)
         # Negative control: the posterior of other data is not constant in the same way.
         values = prior_draw(entry, batch, 0)
-        wrong = float(entry.posterior(x + 0.1 * x.std()).log_prob(values[site.name]).sum())
+        wrong = float(joint_posterior(entry, changed(x), sites).log_prob(values).sum())
         joint = float(joint_trace(entry, batch, values).log_prob_sum())
         assert joint - wrong != pytest.approx(truth, rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in every_entry() if isinstance(get_entry(n).example(), HasPredictive)]
+)
+def test_predictive_is_the_ratio_of_evidences(name: str) -> None:
+    """p(new given x) = p(x, new) / p(x): the chain rule ties predictive and oracle (1e-8 nats)."""
+    entry, x = entry_for(name), example_data(name)
+    assert isinstance(entry, HasPredictive) and isinstance(entry, HasOracle)
+    with torch.no_grad():
+        for n in (0, 1, 10):
+            seen, new = x[n + 1 :], x[n]
+            ratio = float(entry.log_evidence(torch.cat([seen, new[None]])) - entry.log_evidence(seen))
+            assert float(entry.predictive(seen).log_prob(new)) == pytest.approx(ratio, abs=1e-8)
+            assert float(entry.predictive(seen[: len(seen) // 2]).log_prob(new)) != pytest.approx(ratio, abs=1e-8)
 
 
 @entries

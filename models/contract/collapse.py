@@ -1,0 +1,51 @@
+"""Programs with their finite local latents summed out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.sites import DATA_PLATE, MAX_PLATE_NESTING, is_local_node
+
+PARTICLE_DIM = -1 - MAX_PLATE_NESTING
+EVIDENCE_SITE = "x_evidence"
+
+
+def collapsed(program: Callable[[Batch], Any], summed_out: Collection[str]) -> Callable[[Batch], Any]:
+    """Return ``program`` without the finite local sites ``summed_out``, which it must mark for enumeration.
+
+    Instead of them and of the observed site it has the factor ``"x_evidence"``, log p(x_n given the global
+    latents) in nats, inside the data plate. So whatever draws from q or differentiates log p(x, z) need not know
+    of enumeration. Without anything to sum out, the program comes back as it is.
+    """
+    if not summed_out:
+        return program
+
+    def marginal_program(batch: Batch) -> Tensor:
+        enumerated = poutine.enum(program, first_available_dim=PARTICLE_DIM - 1)
+        # Global sites are shown to the handlers outside; those of a row are only summed over.
+        with poutine.block(hide_fn=is_local_message):
+            trace = poutine.trace(enumerated).get_trace(batch)
+        trace.compute_log_prob()
+        weighed = [node for node in trace.nodes.values() if "unscaled_log_prob" in node and is_local_node(node)]
+        terms = [node["unscaled_log_prob"] for node in weighed]
+        joint = torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+        shape = joint.shape[-min(joint.ndim, -PARTICLE_DIM) :]
+        evidence = torch.logsumexp(joint.reshape(-1, *shape), 0)
+        with pyro.plate(DATA_PLATE, batch.total, subsample=batch.index):
+            pyro.factor(EVIDENCE_SITE, evidence)
+        return evidence
+
+    return marginal_program
+
+
+def is_local_message(message: dict[str, Any]) -> bool:
+    """Whether a message of Pyro's is about the data plate or stands inside it."""
+    inside = any(frame.name == DATA_PLATE for frame in message["cond_indep_stack"])
+    return inside or message["name"] == DATA_PLATE
