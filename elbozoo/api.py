@@ -112,11 +112,11 @@ def fit(
     guide : str, optional
         Guide to fit by stochastic variational inference; ``"mean-field"`` if neither this nor ``method`` is given.
     method : str, optional
-        ``"em"``, ``"closed-form"`` or a guide's name, instead of ``guide``.
+        ``"em"``, ``"closed-form"``, ``"cavi"``, ``"nuts"`` or a guide's name, instead of ``guide``.
     seed : int
         Seed of everything random.
     columns : list of str, optional
-        Columns of a file or DataFrame to use.
+        Columns of a file or DataFrame to use; those that an option names, such as ``target``, are used too.
     progress : bool
         Show a bar on standard error where that is a terminal.
     **options
@@ -130,8 +130,8 @@ def fit(
         If the fit breaks down.
     """
     chosen = one_method(guide, method)
-    rows = load_data(data, columns)
-    ready = plan(model, rows.x, chosen, options)
+    rows = _load(model, data, columns, options)
+    ready = plan(model, rows.x, chosen, options, rows.columns)
     warn_of_unread([ready])
     return ready.run(seed, progress=progress)
 
@@ -185,13 +185,15 @@ def compare(
     NumericalFailure
         If a fit breaks down, or a bound exceeds the truth.
     """
-    rows: Dataset = load_data(data, columns)
+    rows = _load(model, data, columns, options)
     if methods is None:
         methods = default_methods(_entry_for(model, rows, options))
     chosen = [methods] if isinstance(methods, str) else list(methods)
     if out is not None:
         writable_directory(out)
-    computed = run_comparison(model, rows.x, chosen, seeds, options, name=rows.name, progress=progress)
+    computed = run_comparison(
+        model, rows.x, chosen, seeds, options, name=rows.name, names=rows.columns, progress=progress
+    )
     results = from_results(computed, rows.labels)
     if out is not None:
         results.save(out)
@@ -219,9 +221,34 @@ def tutorial(model: str, path: str | Path, *, guide: str | None = None) -> Path:
     return write_tutorial(model, path, guide=guide)
 
 
-def _entry_for(model: Model, rows: Dataset, options: dict[str, Any]) -> Entry:
+def _load(model: Model, data: Any, columns: list[str] | None, options: dict[str, Any]) -> Dataset:
+    """Load the data in the form that the model takes: with the columns that its options name, and NaN if it may."""
+    cls = _entry_class(model)
+    if cls is None:
+        return load_data(data, columns)
+    parsed, roles = cls.Options.parse(_options_of(cls, options)), cls.Options.column_roles()
+    given = {option: column for option, column in parsed.columns_named().items() if option in options}
+    keys = [column for option, column in given.items() if roles[option].is_key]
+    if columns is not None:
+        columns = [*columns, *(c for c in given.values() if isinstance(c, str) and c not in [*columns, *keys])]
+    return load_data(data, columns, keys=keys, missing=cls.allows_missing)
+
+
+def _entry_class(model: Model) -> type[Entry] | None:
     if isinstance(model, str):
-        model = get_entry(model)
-    if isinstance(model, type) and issubclass(model, Entry):
-        return model.example(rows.x.shape[1], **{k: v for k, v in options.items() if k in model.Options.model_fields})
-    return program_entry(model, rows.x)
+        return get_entry(model)
+    return model if isinstance(model, type) and issubclass(model, Entry) else None
+
+
+def _options_of(cls: type[Entry], options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in cls.Options.model_fields}
+
+
+def _entry_for(model: Model, rows: Dataset, options: dict[str, Any]) -> Entry:
+    cls = _entry_class(model)
+    if cls is None:
+        return program_entry(model, rows.x)
+    roles = cls.Options.column_roles()
+    return cls.example(
+        rows.x.shape[1], **{name: v for name, v in _options_of(cls, options).items() if name not in roles}
+    )

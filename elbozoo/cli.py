@@ -137,7 +137,7 @@ def fit_command(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", metavar="M", help="Instead of a guide: em, closed-form, or a guide's name."),
+        typer.Option("--method", metavar="M", help="Instead of a guide: em, closed-form, cavi, nuts, or a guide's name."),
     ] = None,
     settings: Settings = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,

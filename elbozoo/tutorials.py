@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor
-from torch.distributions import Categorical
 
 from elbozoo.guides.autoguides import AUTOGUIDES
 from elbozoo.guides.families import FAMILIES
@@ -29,6 +26,7 @@ from elbozoo.inference.fit import Fit
 from elbozoo.inference.method import default_methods, resolve_method
 from elbozoo.models.contract.entry import Entry, HasPosterior, SupportsEM
 from elbozoo.models.contract.registry import get_entry
+from elbozoo.models.contract.sequences import SequenceEntry
 from elbozoo.notebook import Code, Text, check_destination, execute, write_page
 from elbozoo.pages import PageParts, attributes_table, code_block, options_table, page_parts
 from elbozoo.plots import number
@@ -117,6 +115,8 @@ class Subject:
     def _learning_rate(self) -> float:
         """Return the step size that gets far in so few steps: small for networks, large for a single q."""
         site = self.entry.latent_sites()[0]
+        if isinstance(self.entry, SequenceEntry):
+            return 0.05
         if self.entry.dtype == torch.float32:
             return 0.02
         if not site.is_local:
@@ -204,17 +204,19 @@ print(data.description)
     return [
         Text("## Data\n\nThe rows are drawn from the model itself: only the inference can go wrong."),
         Code(load),
-        Code(_picture_of(*s.entry.simulate(20, seed=0)), alt=f"The {ROWS} simulated rows"),
+        Code(_picture_of(s.entry), alt=f"The {ROWS} simulated rows"),
     ]
 
 
-def _picture_of(x: Tensor, z: Tensor | dict[str, Tensor]) -> str:
+def _picture_of(entry: Entry) -> str:
+    x, classes = entry.simulate_table(20, seed=0)
+    if isinstance(entry, SequenceEntry):
+        return _SERIES
     if ((x == 0) | (x == 1)).all():
         return _BINARY
     if x.shape[1] == 1:
         return _HISTOGRAM
-    is_class = isinstance(z, Tensor) and z.shape == x.shape[:1] and not z.is_floating_point()
-    return _SCATTER.format(colour="c=data.labels, " if is_class else "")
+    return _SCATTER.format(colour="" if classes is None else "c=data.labels, ")
 
 
 _SCATTER = """
@@ -227,6 +229,12 @@ _HISTOGRAM = """
 figure, axes = plt.subplots(figsize=(5, 4))
 axes.hist(data.x[:, 0], bins=30)
 axes.set(xlabel=data.columns[0], ylabel="rows")
+figure.tight_layout()
+"""
+_SERIES = """
+figure, axes = plt.subplots(figsize=(9, 3))
+axes.plot(data.x, marker=".", linewidth=0.8)
+axes.set(xlabel="step", ylabel=", ".join(data.columns))
 figure.tight_layout()
 """
 _BINARY = """
@@ -328,17 +336,25 @@ def _learns(entry: Entry) -> bool:
 
 
 def _posterior(s: Subject) -> list[Text | Code]:
-    sites = s.entry.latent_sites()
-    if not isinstance(s.entry, HasPosterior) or len(sites) > 1:
+    if not isinstance(s.entry, HasPosterior):
         return []
-    exact = s.entry.posterior(s.entry.simulate(2, seed=0)[0])
-    if isinstance(exact, Categorical):
+    sites = s.entry.latent_sites()
+    if not sites[0].is_local:
+        source, text = _DENSITIES, _densities_text
+    elif len(sites) > 1:
+        return []
+    elif isinstance(s.entry, SequenceEntry):
+        source, text = (_STATES, _probabilities_text) if sites[0].is_discrete else (_PATH, _moments_text)
+    elif sites[0].is_discrete:
         source, text = _PROBABILITIES, _probabilities_text
     else:
-        source, text = _MOMENTS if sites[0].is_local else _DENSITY, _moments_text
+        source, text = _MOMENTS, _moments_text
     return [
         Text("## q against the exact posterior\n\nThis model's posterior is known."),
-        Code(source.format(site=sites[0].name, draws=DRAWS), alt=f"q of {s.guide} against the exact posterior"),
+        Code(
+            source.format(model=s.model, site=sites[0].name, draws=DRAWS),
+            alt=f"q of {s.guide} against the exact posterior",
+        ),
         Text(text),
     ]
 
@@ -367,18 +383,44 @@ for axes, what, (exact, q) in zip(panels, ["mean", "standard deviation"], [means
     axes.set(xlabel=f"{{what}}, exact posterior", ylabel=f"{{what}}, q")
 figure.tight_layout()
 """
-_DENSITY = """
-torch.manual_seed(0)
-with torch.no_grad():
-    posterior = fit.entry.posterior(data.x)
-    draws = torch.tensor(fit.to_inferencedata(draws={draws}).posterior["{site}"].values[0])  # draw, dimension
-means = posterior.mean, draws.mean(0)
-deviations = posterior.stddev, draws.std(0)
+_DENSITIES = """
+reference = ez.fit("{model}", data, guide="exact", seed=0)
+exact, q = (each.to_inferencedata(draws={draws}).posterior for each in (reference, fit))
 
-figure, axes = plt.subplots(figsize=(5, 4))
-for label, sample in {{"exact posterior": posterior.sample((len(draws),)), "q": draws}}.items():
-    axes.hist(sample[:, 0], bins=60, density=True, histtype="step", label=label)
-axes.set(xlabel="{site}, first dimension", ylabel="density")
+figure, panels = plt.subplots(1, len(exact.data_vars), figsize=(4.5 * len(exact.data_vars), 4), squeeze=False)
+for axes, name in zip(panels[0], exact.data_vars):
+    for label, draws in {{"exact posterior": exact, "q": q}}.items():
+        first = draws[name].values.reshape({draws}, -1)[:, 0]
+        axes.hist(first, bins=60, density=True, histtype="step", label=label)
+    axes.set(xlabel=f"{{name}}, first number", ylabel="density")
+panels[0][0].legend()
+figure.tight_layout()
+"""
+_STATES = """
+with torch.no_grad():
+    exact = fit.entry.posterior(fit.x).probs[0]
+q = fit.transform()
+
+figure, axes = plt.subplots(figsize=(9, 3))
+axes.plot(exact[:, 0], label="exact posterior")
+axes.plot(q[:, 0], "--", label="q")
+axes.set(xlabel="step", ylabel="probability of state 0")
+axes.legend()
+figure.tight_layout()
+"""
+_PATH = """
+with torch.no_grad():
+    posterior = fit.entry.posterior(fit.x)
+    draws = torch.tensor(fit.to_inferencedata(draws={draws}).posterior["{site}"].values[0])[:, 0]  # of the one sequence
+means = posterior.mean[0], draws.mean(0)
+deviations = posterior.variance[0].sqrt(), draws.std(0)
+
+figure, axes = plt.subplots(figsize=(9, 3))
+for label, mean, deviation in zip(["exact posterior", "q"], means, deviations):
+    (line,) = axes.plot(mean[:, 0], label=f"{{label}}, mean and two standard deviations")
+    low, high = mean[:, 0] - 2 * deviation[:, 0], mean[:, 0] + 2 * deviation[:, 0]
+    axes.fill_between(range(len(mean)), low, high, color=line.get_color(), alpha=0.25, linewidth=0)
+axes.set(xlabel="step", ylabel="{site}, first dimension")
 axes.legend()
 figure.tight_layout()
 """
@@ -388,6 +430,19 @@ def _probabilities_text(run: Run) -> str:
     difference = (run["q"] - run["exact"]).abs()
     mean, most = number(float(difference.mean()), 4), number(float(difference.max()), 4)
     return f"The probabilities of q differ from the posterior's by {mean} on average, and by {most} at most."
+
+
+def _densities_text(run: Run) -> str:
+    lines = []
+    for name in run["exact"].data_vars:
+        exact, q = (run[which][name].values[0].reshape(DRAWS, -1) for which in ("exact", "q"))
+        distance = number(float((abs(q.mean(0) - exact.mean(0)) / exact.std(0)).mean()), 3)
+        ratio = number(float((q.std(0) / exact.std(0)).mean()), 3)
+        lines.append(
+            f"- `{name}`: the mean of q is {distance} posterior standard deviations away from the posterior's, and its "
+            f"standard deviation is {ratio} times the posterior's."
+        )
+    return "\n".join(["On average over the numbers of each latent, by draws of both:", "", *lines])
 
 
 def _moments_text(run: Run) -> str:

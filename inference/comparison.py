@@ -178,10 +178,12 @@ def _fits(plans: list[Plan], seeds: list[int], progress: bool, on_fit: Callable[
 
 def _ledgers(fits: list[Fit], closed_form: float, progress: bool) -> list[Ledger]:
     ledgers: list[Ledger] = []
+    # Without θ the fits share the model itself, and its evidence.
+    shared = None if list(fits[0].entry.parameters()) else fits[0].known_evidence()
     with progress_bar("ledgers", len(fits), progress) as report:
         for fit in fits:
             report(len(ledgers), f"{fit.method}, seed {fit.seed}")
-            ledgers.append(fit.full_ledger(best_known=closed_form))
+            ledgers.append(fit.full_ledger(best_known=closed_form, evidence=shared))
     return ledgers
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.inference.evidence import PARTICLES, Evidence, evidence_or_estimate
+from elbozoo.inference.evidence import log_evidence as known_evidence
 from elbozoo.inference.inferencedata import inference_data
 from elbozoo.inference.ledger import Ledger, compute_ledger, elbo_of
 from elbozoo.inference.storage import read_fit, save_fit
@@ -129,6 +130,10 @@ class Fit:
         """
         return evidence_or_estimate(self.entry, self.guide, self._rows(x), self._stream)
 
+    def known_evidence(self) -> Evidence | None:
+        """Return log p(x) of the data of the fit as far as it depends on the model alone, not on q."""
+        return known_evidence(self.entry, self._rows(None))
+
     def ledger(self, x: Any = None, *, best_known: float = math.nan) -> pd.Series:
         """Return the ledger of the rows ``x`` (N, D), or of the data of the fit: nats, total.
 
@@ -142,13 +147,21 @@ class Fit:
         """
         return pd.Series(self.full_ledger(x, best_known=best_known).as_dict(), name=f"{self.model} {self.method}")
 
-    def full_ledger(self, x: Any = None, *, best_known: float = math.nan) -> Ledger:
-        """Return :meth:`ledger` as a typed record."""
+    def full_ledger(
+        self, x: Any = None, *, best_known: float = math.nan, evidence: Evidence | None = None
+    ) -> Ledger:
+        """Return :meth:`ledger` as a typed record; ``evidence`` is log p(x) of these rows where it is known."""
         rows = self._rows(x)
         if math.isnan(best_known):
             best_known = closed_form_evidence(self.entry, rows)
         return compute_ledger(
-            self.entry, self.guide, rows, self.guide_options, seed=self._stream, best_known=best_known
+            self.entry,
+            self.guide,
+            rows,
+            self.guide_options,
+            seed=self._stream,
+            best_known=best_known,
+            evidence=evidence,
         )
 
     def transform(self, x: Any = None) -> Tensor:

@@ -78,16 +78,30 @@ class Ledger:
 
 
 def compute_ledger(
-    entry: Entry, guide: Guide, x: Tensor, options: GuideOptions, *, seed: int, best_known: float = math.nan
+    entry: Entry,
+    guide: Guide,
+    x: Tensor,
+    options: GuideOptions,
+    *,
+    seed: int,
+    best_known: float = math.nan,
+    evidence: Evidence | None = None,
 ) -> Ledger:
     """Compute the ledger of ``guide`` at the θ of ``entry`` on the rows ``x`` (N, D), float64.
+
+    Parameters
+    ----------
+    best_known : float
+        Largest log p(x) known on these rows, total nats.
+    evidence : Evidence, optional
+        log p(x) at this θ where it has been computed before.
 
     Raises
     ------
     NumericalFailure
         If the ELBO exceeds the evidence beyond the errors of both.
     """
-    evidence = log_evidence(entry, x)
+    evidence = evidence or log_evidence(entry, x)
     if not guide.is_bound:
         return _without_bound(evidence, best_known, entry.count(x))
     weights = importance_weights(entry, guide, Batch.full(x), PARTICLES, seed)
