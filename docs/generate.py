@@ -21,7 +21,7 @@ from elbozoo.guides.local import ExactGuide
 from elbozoo.guides.sources import SOURCES
 from elbozoo.inference.comparison import ROW
 from elbozoo.inference.em import EMOptions
-from elbozoo.inference.method import SCHEMA_TITLES, default_methods, method_names
+from elbozoo.inference.method import SCHEMA_TITLES, SPECIAL, default_methods, method_names
 from elbozoo.inference.monte_carlo_em import MonteCarloEMOptions
 from elbozoo.inference.objectives import OBJECTIVES
 from elbozoo.models import Entry, capabilities, entry_names, get_entry
@@ -124,7 +124,7 @@ def _model(name: str) -> str:
 
 
 def _card(name: str, entry: Entry) -> str:
-    guides = [guide for guide in method_names(entry) if guide not in ("em", "closed-form")]
+    guides = [guide for guide in method_names(entry) if guide not in SPECIAL]
     facts = {
         "name": f"`{name}`",
         "capabilities": ", ".join(capabilities(entry)),
@@ -162,12 +162,14 @@ def _guides() -> str:
 def _methods() -> str:
     rows = [
         ["`em`", "expectation maximisation, in closed form where the entry has it, otherwise with Monte Carlo draws"],
-        ["`closed-form`", "the global maximum of the likelihood, where it is known"],
+        ["`closed-form`", "the global maximum of the likelihood, where it is known; the exact posterior without θ"],
+        ["`cavi`", "coordinate ascent on a mean-field q, each factor set in turn to its optimum"],
+        ["`nuts`", "the reference posterior of global latents: Pyro's NUTS, several chains, r-hat, ESS and divergences"],
         ["a guide's name", "stochastic variational inference with this guide"],
     ]
     examples = {name: get_entry(name).example() for name in entry_names()}
     applies = [
-        [f"[{name}](models/{name}.md)", *_marks(entry, "em", "closed-form"), _names(default_methods(entry))]
+        [f"[{name}](models/{name}.md)", *_marks(entry, *SPECIAL), _names(default_methods(entry))]
         for name, entry in examples.items()
     ]
     objectives = [[f"`{name}`", objective.meaning] for name, objective in OBJECTIVES.items()]
@@ -182,7 +184,7 @@ def _methods() -> str:
         "A method turns a model, data, options and a seed into a fit.",
         markdown_table(["method", "what it does"], rows),
         "## Which method applies to which model",
-        markdown_table(["model", "em", "closed-form", "compared by default"], applies),
+        markdown_table(["model", *SPECIAL, "compared by default"], applies),
         "## Objectives",
         "What stochastic variational inference maximises. `objective=auto` takes `elbo-enumerated` for a discrete "
         "latent and `elbo` for any other. The ELBO that is reported is evaluated afresh, whatever was maximised.",
