@@ -36,8 +36,8 @@ def collapsed(program: Callable[[Batch], Any], summed_out: Collection[str]) -> C
         weighed = [node for node in trace.nodes.values() if "unscaled_log_prob" in node and is_local_node(node)]
         terms = [node["unscaled_log_prob"] for node in weighed]
         joint = torch.stack(torch.broadcast_tensors(*terms)).sum(0)
-        shape = joint.shape[-min(joint.ndim, -PARTICLE_DIM) :]
-        evidence = torch.logsumexp(joint.reshape(-1, *shape), 0)
+        # Enumerated values stand in front; the dimension of particles is 1 where there are none.
+        evidence = torch.logsumexp(joint.reshape(-1, *joint.shape[PARTICLE_DIM:]), 0).squeeze(PARTICLE_DIM)
         with pyro.plate(DATA_PLATE, batch.total, subsample=batch.index):
             pyro.factor(EVIDENCE_SITE, evidence)
         return evidence
