@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+from pyro import poutine
 from pyro.infer import autoguide
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.collapse import collapsed
 from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.errors import NumericalFailure
 
 Constructor = Callable[[Callable[[Batch], Any], GuideOptions], autoguide.AutoGuide]
 
@@ -66,6 +69,48 @@ class GlobalGuide(Guide):
         return not isinstance(self.auto, autoguide.AutoDelta | autoguide.AutoLaplaceApproximation)
 
     def finalize(self, batch: Batch) -> None:
-        """Replace the mode that ``laplace`` found by the normal with the curvature there."""
-        if isinstance(self.auto, autoguide.AutoLaplaceApproximation):
+        """Replace the mode that ``laplace`` found by the normal with the curvature there.
+
+        Raises
+        ------
+        NumericalFailure
+            If the log density has no maximum that can be reached, or is flat there.
+        """
+        if not isinstance(self.auto, autoguide.AutoLaplaceApproximation):
+            return
+        self._climb(batch)
+        try:
             self.auto = self.auto.laplace_approximation(batch)
+        except torch.linalg.LinAlgError:
+            raise NumericalFailure(
+                "laplace: the log density of the latents is not curved downwards where the search for its maximum "
+                "ended, expected a mode; try another guide, such as full-rank-normal"
+            ) from None
+
+    def prepare_to_load(self, batch: Batch) -> None:
+        """Take the form that :meth:`finalize` leaves: ``laplace`` is a normal that learns no more."""
+        if not isinstance(self.auto, autoguide.AutoLaplaceApproximation):
+            return
+        normal = autoguide.AutoMultivariateNormal(self.auto.model)
+        normal(batch)
+        for name in ("loc", "scale", "scale_tril"):
+            value = getattr(normal, name).detach()
+            delattr(normal, name)
+            normal.register_buffer(name, value)
+        self.auto = normal.to(batch.x.dtype)
+
+    def _climb(self, batch: Batch) -> None:
+        """Go on from where the optimiser stopped to the mode itself: elsewhere the curvature says nothing."""
+        loc = self.auto.loc
+        optimizer = torch.optim.LBFGS(
+            [loc], max_iter=500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
+
+        def loss() -> Tensor:
+            guide_trace = poutine.trace(self.auto).get_trace(batch)
+            model_trace = poutine.trace(poutine.replay(self.auto.model, trace=guide_trace)).get_trace(batch)
+            value = guide_trace.log_prob_sum() - model_trace.log_prob_sum()
+            (loc.grad,) = torch.autograd.grad(value, [loc])
+            return value.detach()
+
+        optimizer.step(loss)

@@ -155,12 +155,11 @@ def _restore_guide(
         return DrawsGuide.from_state(tensors)
     if name == ConjugateGuide.NAME:
         return ConjugateGuide.from_state(entry, tensors)
-    # The guide takes its shapes from data, and a Laplace guide its curvature: any data of the right size will do.
+    # The guide takes its shapes from data: any data of the right size will do.
     x = placeholder(entry, shape)
     with isolated(0):
         guide = build_guide(name, entry, x, options)
-        if name == "laplace":
-            guide.finalize(Batch.full(x))
+        guide.prepare_to_load(Batch.full(x))
     guide.load_state_dict(tensors)
     return guide
 

@@ -123,7 +123,7 @@ def test_contributing_example_is_an_entry_with_a_test(monkeypatch: pytest.Monkey
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     entry_source, test_source = re.findall(r"^````python\n(.*?)^````$", text, flags=re.MULTILINE | re.DOTALL)
 
-    module = types.ModuleType("elbozoo.models.gamma_poisson")
+    module = types.ModuleType("elbozoo.models.exponential_gamma")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(entry_source, vars(module))
     entry = registry.entry_of(module.__name__, vars(module))
@@ -131,7 +131,7 @@ def test_contributing_example_is_an_entry_with_a_test(monkeypatch: pytest.Monkey
 
     namespace: dict[str, object] = {}
     exec(test_source, namespace)
-    namespace["get_entry"] = lambda name: {"gamma-poisson": entry}[name]
+    namespace["get_entry"] = lambda name: {"exponential-gamma": entry}[name]
     tests = [value for name, value in namespace.items() if name.startswith("test_") and callable(value)]
     assert len(tests) == 2
     for test in tests:
