@@ -94,6 +94,9 @@ class Guide(PyroModule):
     def finalize(self, batch: Batch) -> None:
         """Do what is left to do once the optimiser has finished, such as a Laplace approximation."""
 
+    def prepare_to_load(self, batch: Batch) -> None:
+        """Take the form that :meth:`finalize` leaves, with parameters that are yet to be loaded."""
+
 
 def mean_of(q: Distribution) -> Tensor:
     """Mean of q, its probabilities if it is categorical, or the mean of 1000 draws where there is no formula."""
