@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from elbozoo.inference.method import SCHEMA_TITLES, default_methods, method_name
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Entry, capabilities
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
-from elbozoo.models.contract.options import Options
+from elbozoo.models.contract.options import Options, is_position
 from elbozoo.models.contract.registry import entry_names, get_entry, list_models
 from elbozoo.tutorials import write_tutorial
 
@@ -130,7 +130,7 @@ def fit(
         If the fit breaks down.
     """
     chosen = one_method(guide, method)
-    rows = _load(model, data, columns, options)
+    rows, options = _load(model, data, columns, options)
     ready = plan(model, rows.x, chosen, options, rows.columns)
     warn_of_unread([ready])
     return ready.run(seed, progress=progress)
@@ -185,7 +185,7 @@ def compare(
     NumericalFailure
         If a fit breaks down, or a bound exceeds the truth.
     """
-    rows = _load(model, data, columns, options)
+    rows, options = _load(model, data, columns, options)
     if methods is None:
         methods = default_methods(_entry_for(model, rows, options))
     chosen = [methods] if isinstance(methods, str) else list(methods)
@@ -221,17 +221,28 @@ def tutorial(model: str, path: str | Path, *, guide: str | None = None) -> Path:
     return write_tutorial(model, path, guide=guide)
 
 
-def _load(model: Model, data: Any, columns: list[str] | None, options: dict[str, Any]) -> Dataset:
-    """Load the data in the form that the model takes: with the columns that its options name, and NaN if it may."""
+def _load(
+    model: Model, data: Any, columns: Sequence[str] | str | None, options: dict[str, Any]
+) -> tuple[Dataset, dict[str, Any]]:
+    """Load the data in the form that the model takes: with the columns that its options name, and NaN if it may.
+
+    The options come back with columns of labels by name, since their positions may change as others are left out.
+    """
     cls = _entry_class(model)
     if cls is None:
-        return load_data(data, columns)
+        return load_data(data, columns), options
     parsed, roles = cls.Options.parse(_options_of(cls, options)), cls.Options.column_roles()
     given = {option: column for option, column in parsed.columns_named().items() if option in options}
-    keys = [column for option, column in given.items() if roles[option].is_key]
+    keys = {option: column for option, column in given.items() if roles[option].is_key}
+    named = [c for c in given.values() if isinstance(c, str) and not is_position(c) and c not in keys.values()]
     if columns is not None:
-        columns = [*columns, *(c for c in given.values() if isinstance(c, str) and c not in [*columns, *keys])]
-    return load_data(data, columns, keys=keys, missing=cls.allows_missing)
+        picked = [columns] if isinstance(columns, str) else list(columns)
+        columns = [*picked, *(column for column in named if column not in picked)]
+    rows = load_data(data, columns, keys=list(keys.values()), missing=cls.allows_missing)
+    for column in named:
+        if column not in rows.columns:
+            load_data(data, [column])  # says why it was left out
+    return rows, options | dict(zip(keys, rows.levels, strict=False))
 
 
 def _entry_class(model: Model) -> type[Entry] | None:

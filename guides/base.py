@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.isolation import private_parameters
 from elbozoo.models.contract.options import Field, Options
+from elbozoo.models.distributions.markov_chain import SmoothedMarkovChain
 
 DRAWS = 1000
 
@@ -100,7 +101,7 @@ class Guide(PyroModule):
 
 def mean_of(q: Distribution) -> Tensor:
     """Mean of q, its probabilities if it is categorical, or the mean of 1000 draws where there is no formula."""
-    if isinstance(q, torch.distributions.Categorical):
+    if isinstance(q, torch.distributions.Categorical | SmoothedMarkovChain):
         return q.probs
     try:
         return q.mean

@@ -147,9 +147,7 @@ class Fit:
         """
         return pd.Series(self.full_ledger(x, best_known=best_known).as_dict(), name=f"{self.model} {self.method}")
 
-    def full_ledger(
-        self, x: Any = None, *, best_known: float = math.nan, evidence: Evidence | None = None
-    ) -> Ledger:
+    def full_ledger(self, x: Any = None, *, best_known: float = math.nan, evidence: Evidence | None = None) -> Ledger:
         """Return :meth:`ledger` as a typed record; ``evidence`` is log p(x) of these rows where it is known."""
         rows = self._rows(x)
         if math.isnan(best_known):
@@ -176,7 +174,9 @@ class Fit:
                     f"{self.model} has one latent for the whole data set, so rows have none of their own to return"
                 )
             means = self.guide.means(batch)
-            return by_row(batch.x, means) if isinstance(self.entry, SequenceEntry) else means
+            if isinstance(self.entry, SequenceEntry):
+                return by_row(batch.x, means.reshape(*batch.x.shape[:2], -1))
+            return means
 
     def score_samples(self, x: Any = None) -> Tensor:
         """Return log p(x_n) of each row, (N,), nats: exact, by quadrature or estimated as the entry allows."""

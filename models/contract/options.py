@@ -123,14 +123,22 @@ def _role(field: FieldInfo) -> ColumnRole | None:
     return next((mark for mark in [*field.metadata, *inside] if isinstance(mark, ColumnRole)), None)
 
 
+def is_position(text: str) -> bool:
+    """Whether ``text`` spells a position, as a command line gives it."""
+    return text.removeprefix("-").isdecimal()
+
+
 def _position(option: str, value: int | str, names: Sequence[str]) -> int:
     if isinstance(value, str):
-        if value not in names:
+        if value in names:
+            return list(names).index(value)
+        if not is_position(value):
             raise unknown_name(f"column in option {option}", value, names)
-        return list(names).index(value)
+        value = int(value)
     if not -len(names) <= value < len(names):
         raise InvalidInput(
-            f"option {option}: found position {value}, expected a column's name or a position below {len(names)}"
+            f"option {option}: found position {value}, expected a column's name or a position "
+            f"from {-len(names)} to {len(names) - 1}"
         )
     return value
 

@@ -750,3 +750,162 @@ def test_a_defect_ends_the_process_with_status_1_and_a_traceback() -> None:
     outcome = run_code(f"import elbozoo.api; elbozoo.api.list_models = lambda: len(3); {CONSOLE_SCRIPT}", "models")
     assert outcome.status == 1
     assert "Traceback" in outcome.err
+
+
+# ---- columns in roles, sequences, missing values ---------------------------------------------------------------------
+
+# Three patients of unequal length, interleaved, with text for names; the second column is no measurement.
+VISITS = [("zoe", 20), ("adam", 12), ("eve", 1)]
+SERIES = [
+    (who, t, round((t * 0.37 + len(who) * 0.21) % 1 + 2 * (t // 5 % 2), 3))
+    for who, steps in VISITS
+    for t in range(steps)
+]
+ROUNDS = sorted(SERIES, key=lambda visit: visit[1])
+CODED = {"zoe": 3, "adam": 1, "eve": 2}
+HOUSES = "\n".join(f"h{i},{i * 0.37 % 1:.3f},{i * 0.73 % 1:.3f},{1 + 2 * (i * 0.37 % 1):.3f}" for i in range(24))
+
+
+def csv_text(header: str, rows: list[tuple[object, ...]]) -> str:
+    return "\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n"
+
+
+ROLE_FILES = {
+    "visits.csv": csv_text("patient,t,dose", ROUNDS),
+    "sorted.csv": csv_text("patient,t,dose", SERIES),
+    "numbered.csv": csv_text("t,dose,patient", [(t, dose, CODED[who]) for who, t, dose in ROUNDS]),
+    "gaps.csv": csv_text("patient,t,dose", [(who, t, "" if t == 3 else dose) for who, t, dose in ROUNDS]),
+    "left_out.csv": csv_text("patient,t,dose", [visit for visit in ROUNDS if visit[1] != 3]),
+    "lost.csv": csv_text("patient,t,dose", [("" if t == 3 else who, t, dose) for who, t, dose in ROUNDS]),
+    "inf.csv": csv_text("patient,t,dose", [(who, t, "inf" if t == 3 else dose) for who, t, dose in ROUNDS]),
+    "unmeasured.csv": csv_text("patient,t,dose", [(who, t, "") for who, t, _ in ROUNDS]),
+    "houses.csv": f"name,rooms,age,price\n{HOUSES}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def role_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("roles")
+    for name, text in ROLE_FILES.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+REGRESSION = "fit linear-regression --data @houses.csv --method closed-form --set *"
+STATES = "fit hidden-markov-model --data @visits.csv --method em --set *"
+STATE_SPACE = "fit linear-gaussian-state-space --data * --method em --columns dose --set sequence=patient"
+
+ROLE_CASES = [
+    Case("no such target", REGRESSION, "target=cost", "target=price", "unknown column .*'cost'"),
+    Case("target without a name", REGRESSION, "target=none", "target=price", "option target: found None, expected col"),
+    Case(
+        "target of words", REGRESSION, "target=name", "target=rooms", "column 'name', row 1 holds 'h0'; expected a num"
+    ),
+    Case("no such position", REGRESSION, "target=7", "target=-1", "found position 7, expected .* from -3 to 2"),
+    Case("no such position of labels", STATES, "sequence=9", "sequence=0", "found 9 as a column of labels"),
+    Case("target elsewhere", STATES, "target=dose", "sequence=patient", "unknown option 'target'"),
+    Case("no such sequence", STATES, "sequence=patients", "sequence=patient", "did you mean 'patient'"),
+    Case(
+        "target beside no such column",
+        "fit linear-regression --data @houses.csv --method closed-form --set target=price --columns *",
+        "room",
+        "rooms",
+        "unknown column of houses.csv 'room'; did you mean 'rooms'",
+    ),
+    Case(
+        "labels alone",
+        "fit hidden-markov-model --data @visits.csv --method em --set sequence=patient --columns *",
+        "patient",
+        "patient,dose",
+        "no numeric column beside the labels in 'patient'",
+    ),
+    Case(
+        "missing values in a model of complete data",
+        "fit * --data @gaps.csv --method em --columns dose --set sequence=patient",
+        "hidden-markov-model",
+        "linear-gaussian-state-space",
+        r"found 2 missing \(NaN\) or infinite values, first nan in column 'dose', row 8",
+    ),
+    Case(
+        "missing label", STATE_SPACE, "@lost.csv", "@gaps.csv", "column 'patient', row .* holds no label; expected one"
+    ),
+    Case("infinity", STATE_SPACE, "@inf.csv", "@gaps.csv", r"found 2 infinite values, .* finite or missing \(NaN\)"),
+    Case(
+        "nothing measured", STATE_SPACE, "@unmeasured.csv", "@gaps.csv", "found no number in column 'dose', all of it"
+    ),
+]
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("case", ROLE_CASES, ids=ids(ROLE_CASES))
+def test_bad_roles_are_one_line_and_no_work(case: Case, run: Run, role_files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused(run(*resolved(case.with_slot(case.bad), role_files), "--out", out), case.says)
+    assert nothing_written(out)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("case", ROLE_CASES, ids=ids(ROLE_CASES))
+def test_the_good_role_beside_it_is_accepted(case: Case, role_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["elbozoo", *resolved(case.with_slot(case.good), role_files)])
+    with pytest.raises(WorkStartedError):
+        main()
+
+
+def document_of(run: Run, *arguments: str | Path) -> dict[str, Any]:
+    outcome = run(*arguments, "--json")
+    assert outcome.status == 0, outcome.err
+    document: dict[str, Any] = strict_json(outcome.out)
+    return document
+
+
+def evidence_of_states(run: Run, path: Path, *more: str) -> float:
+    document = document_of(
+        run,
+        *("fit", "hidden-markov-model", "--data", path, "--method", "em", "--columns", "dose"),
+        *("--set", "states=2", "--set", "iterations=3", "--set", "restarts=1", *more),
+    )
+    assert document["data"]["rows"] == len(SERIES)
+    return float(document["rows"][0]["log_evidence"])
+
+
+def test_sequences_are_told_apart_by_their_labels(run: Run, role_files: Path) -> None:
+    by_patient = ["--set", "sequence=patient"]
+    interleaved = evidence_of_states(run, role_files / "visits.csv", *by_patient)
+    # Absolute, nats: the same numbers are added in another order, 33 steps of a few nats each.
+    for name in ("sorted.csv", "numbered.csv"):
+        assert abs(evidence_of_states(run, role_files / name, *by_patient) - interleaved) < 1e-9
+
+    assert abs(evidence_of_states(run, role_files / "visits.csv") - interleaved) > 1e-3
+
+
+def test_positions_of_labels_are_those_of_the_file(run: Run, role_files: Path) -> None:
+    by_name = evidence_of_states(run, role_files / "numbered.csv", "--set", "sequence=patient")
+    # The label stands third in the file and first among the columns that are kept.
+    assert evidence_of_states(run, role_files / "numbered.csv", "--set", "sequence=2") == by_name
+    assert evidence_of_states(run, role_files / "numbered.csv", "--set", "sequence=0") != by_name
+
+
+def test_a_target_is_kept_though_it_is_not_picked(run: Run, role_files: Path) -> None:
+    command = ["fit", "linear-regression", "--data", role_files / "houses.csv", "--method", "closed-form"]
+    picked = document_of(run, *command, "--columns", "rooms", "--set", "target=price")
+    assert picked["data"]["columns"] == 2
+    # The price is 1 + 2 rooms, so that age explains nothing of it and rooms everything.
+    by_rooms = picked["rows"][0]["log_evidence"]
+    by_age = document_of(run, *command, "--columns", "age", "--set", "target=price")["rows"][0]["log_evidence"]
+    assert by_rooms > by_age + 10
+    swapped = document_of(run, *command, "--columns", "price", "--set", "target=rooms")["rows"][0]["log_evidence"]
+    assert abs(swapped - by_rooms) > 1e-3
+
+
+def test_missing_steps_are_marginalised(run: Run, role_files: Path) -> None:
+    command = ["fit", "linear-gaussian-state-space", "--method", "em", "--columns", "dose"]
+    command += ["--set", "sequence=patient", "--set", "structure=local-level", "--set", "iterations=3"]
+    evidence = {
+        name: document_of(run, *command, "--data", role_files / name)["rows"][0]["log_evidence"]
+        for name in ("gaps.csv", "visits.csv", "left_out.csv")
+    }
+    assert all(map(math.isfinite, evidence.values()))
+    # A step without a value is a step all the same: the level moves on, which a row that is left out does not let it.
+    assert abs(evidence["gaps.csv"] - evidence["left_out.csv"]) > 1e-3
+    assert abs(evidence["gaps.csv"] - evidence["visits.csv"]) > 1e-3

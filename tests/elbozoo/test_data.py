@@ -12,14 +12,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyro
 import pytest
 import torch
+from pyro import distributions as dist
+from scipy import stats
 
 from elbozoo.data import Dataset, list_datasets, load_data
+from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.registry import get_entry
+from elbozoo.models.contract.sequences import SequenceEntry
 
 NAMES = list(list_datasets().index)
+# Measurements that were recorded in whole units, and so could pass for counts.
+WHOLE_UNITS = ["nile"]
 STANDARDISED = [name for name in NAMES if name.endswith("-standardised")]
 GOOD = [[1.0, 2.0], [3.0, 4.5], [-5.0, 6.0]]
 
@@ -58,7 +65,7 @@ def test_the_table_states_what_is_loaded(name: str) -> None:
     is_binary = bool(((data.x == 0) | (data.x == 1)).all())
     is_count = bool((data.x == data.x.round()).all() and (data.x >= 0).all())
     assert is_binary == (facts["kind"] == "binary")
-    assert is_count == (facts["kind"] in ("binary", "count"))
+    assert is_count == (facts["kind"] in ("binary", "count", "count series") or name in WHOLE_UNITS)
 
 
 def test_the_table_cites_its_sources() -> None:
@@ -110,6 +117,98 @@ def test_eight_schools_agrees_with_arviz() -> None:
     assert schools.columns == ["effect", "standard_error"]
     assert schools.x[:, 0].tolist() == arviz.load_arviz_data("centered_eight").observed_data["obs"].values.tolist()
     assert schools.x[:, 1].tolist() == [15, 10, 16, 11, 9, 11, 10, 18]
+
+
+def test_nile_is_the_series_of_the_textbook() -> None:
+    nile = load_data("nile")
+    assert nile.columns == ["flow"]
+    assert nile.x[:4, 0].tolist() == [1120, 1160, 963, 1210]
+    assert nile.x[-1, 0] == 740
+    # Sum and variance of R's datasets::Nile, to the digits that R prints.
+    assert nile.x.sum() == 91935
+    assert round(float(nile.x.var()), 2) == 28637.95
+    # The order is part of the data: the flow falls after 1898 (Cobb 1978), to means that R's strucchange prints.
+    assert round(float(nile.x[:28].mean()), 2) == 1097.75
+    assert round(float(nile.x[28:].mean()), 2) == 849.97
+    assert round(float(nile.x.flip(0)[:28].mean()), 2) != 1097.75
+
+
+@pytest.mark.peers
+def test_nile_agrees_with_statsmodels() -> None:
+    from statsmodels.datasets import nile
+
+    assert load_data("nile").x[:, 0].tolist() == nile.load_pandas().data["volume"].tolist()
+
+
+def poisson_log_likelihood(counts: np.ndarray) -> float:
+    return float(stats.poisson.logpmf(counts, counts.mean()).sum())
+
+
+def test_earthquakes_have_the_likelihood_of_the_textbook() -> None:
+    counts = load_data("earthquakes").x[:, 0].numpy()
+    assert (len(counts), counts.sum()) == (107, 2072)
+    # Zucchini, MacDonald and Langrock (2016), sections 1.1 and 1.3: variance 51.57, mean 19.364, log-likelihood of a
+    # Poisson distribution -391.9189, each to the digits printed there.
+    assert round(counts.var(ddof=1), 2) == 51.57
+    assert round(counts.mean(), 3) == 19.364
+    assert round(poisson_log_likelihood(counts), 4) == -391.9189
+
+    changed = counts.copy()
+    changed[[0, 1]] += [2, -2]
+    assert round(poisson_log_likelihood(changed), 4) != -391.9189
+
+
+def two_state_log_likelihood(counts: np.ndarray) -> float:
+    """Log-likelihood of the book's hidden Markov model with two stationary states, by the scaled forward recursion."""
+    transition, rates = np.array([[0.9340, 0.0660], [0.1285, 0.8715]]), np.array([15.472, 26.125])
+    forward = np.array([0.1285, 0.0660]) / (0.1285 + 0.0660)
+    total = 0.0
+    for count in counts:
+        joint = forward * stats.poisson.pmf(count, rates)
+        total += np.log(joint.sum())
+        forward = joint / joint.sum() @ transition
+    return float(total)
+
+
+def test_earthquakes_stand_in_the_order_of_the_textbook() -> None:
+    counts = load_data("earthquakes").x[:, 0].numpy()
+    # Zucchini, MacDonald and Langrock (2016), table 3.1: -342.3183 at the maximum. The parameters above are the book's,
+    # rounded by up to 5e-4; at a maximum that costs less than 1e-3 nats.
+    assert abs(two_state_log_likelihood(counts) + 342.3183) < 1e-3
+    assert abs(two_state_log_likelihood(np.sort(counts)) + 342.3183) > 1
+    assert abs(two_state_log_likelihood(np.roll(counts, 7)) + 342.3183) > 1e-3
+
+
+def two_latent_classes(patterns: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return class shares (2,), probabilities of a 1 (2, D) and expected counts (P,) of the maximum likelihood."""
+    shares, probabilities = np.array([0.5, 0.5]), np.array([[0.4] * 4, [0.8] * 4])
+    for _ in range(3000):
+        joint = shares * np.where(patterns[:, None], probabilities, 1 - probabilities).prod(-1)
+        members = counts[:, None] * joint / joint.sum(1, keepdims=True)
+        shares, probabilities = members.sum(0) / counts.sum(), members.T @ patterns / members.sum(0)[:, None]
+    return shares, probabilities, counts.sum() * joint.sum(1)
+
+
+def deviance(observed: np.ndarray, expected: np.ndarray) -> float:
+    """Likelihood ratio statistic of the counts of patterns against those that a model expects."""
+    return float(2 * (observed * np.log(observed / expected)).sum())
+
+
+def test_role_conflict_has_the_latent_classes_of_goodman() -> None:
+    x = load_data("role-conflict").x.numpy()
+    patterns, counts = np.unique(x, axis=0, return_counts=True)
+    assert counts.sum() == 216
+    shares, probabilities, expected = two_latent_classes(patterns, counts)
+    # Goodman (1974), tables 1 and 3: chi-square 81.08 for independence and 2.72 for two classes, and the parameters
+    # of the classes, each to the digits printed there.
+    independent = 216 * np.where(patterns, x.mean(0), 1 - x.mean(0)).prod(-1)
+    assert round(deviance(counts, independent), 2) == 81.08
+    assert round(deviance(counts, expected), 2) == 2.72
+    assert shares.round(3).tolist() == [0.721, 0.279]
+    assert probabilities.round(3).tolist() == [[0.714, 0.330, 0.354, 0.132], [0.993, 0.940, 0.927, 0.769]]
+
+    moved = counts + np.eye(16, dtype=int)[0] - np.eye(16, dtype=int)[1]
+    assert round(deviance(moved, two_latent_classes(patterns, moved)[2]), 2) != 2.72
 
 
 @pytest.mark.parametrize("name", STANDARDISED)
@@ -169,6 +268,35 @@ def test_discrete_latents_become_labels_and_continuous_ones_do_not() -> None:
     assert mixture.labels is not None
     assert mixture.labels.shape == (40,)
     assert load_data("simulate:ppca", rows=40).labels is None
+
+
+class Walk(SequenceEntry):
+    """Random steps, to stand for an entry whose datum is a sequence."""
+
+    example_columns = 2
+
+    def randomize(self) -> None:
+        """Do nothing: the program has no parameters."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return x (B, T, 2) with the state z (B, T) that shifts it."""
+        with pyro.plate("data", batch.total, subsample=batch.index):
+            probs = batch.x.new_full((*batch.x.shape[:2], 2), 0.5)
+            z = pyro.sample("z", dist.Categorical(probs).to_event(1))
+            return pyro.sample(
+                "x", dist.Normal(10.0 * z[..., None], batch.x.new_ones(2)).to_event(2), obs=batch.x[..., 1:]
+            )
+
+
+def test_a_simulated_sequence_is_a_table_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elbozoo.data.get_entry", lambda name: Walk)
+    data = load_data("simulate:walk", rows=30)
+    assert (data.x.shape, data.columns) == ((30, 2), ["x0", "x1"])
+    assert data.labels is not None
+    # States shift the values by 10 standard deviations, so that each row shows its own: no draw of 60 errs by 5.
+    assert torch.equal(data.x.mean(dim=1) > 5, data.labels == 1)
+    assert not torch.equal(data.x.mean(dim=1) > 5, data.labels.flip(0) == 1)
+    assert 0 < data.labels.sum() < 30
 
 
 def test_columns_pick_from_simulated_data() -> None:
@@ -692,6 +820,238 @@ def test_other_objects_are_refused(source: Any) -> None:
     refused(source, f"found a {type(source).__name__} as data; expected a data set's name")
 
 
+# ---- columns of labels -----------------------------------------------------------------------------------------------
+
+PATIENTS = "patient,t,dose\nzoe,0,1.5\nadam,0,2\nzoe,1,3\nadam,1,4\neve,0,5\n"
+CODES = [0.0, 1.0, 0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("keys", [["patient"], "patient", [0], [-3], 0, "0", ("patient", 0), [np.int64(0)]])
+def test_labels_become_codes_in_order_of_first_appearance(csv: Any, keys: Any) -> None:
+    data = load_data(csv(PATIENTS), keys=keys)
+    assert data.columns == ["patient", "t", "dose"]
+    assert data.x[:, 0].tolist() == CODES
+    assert data.x[:, 2].tolist() == [1.5, 2, 3, 4, 5]
+    assert data.levels == {"patient": ["zoe", "adam", "eve"]}
+    assert "left out" not in data.description
+    assert load_data(csv(PATIENTS)).columns == ["t", "dose"]
+    assert load_data(csv(PATIENTS)).levels == {}
+
+
+def test_labels_are_kept_in_front_of_the_columns_that_are_picked(csv: Any) -> None:
+    path = csv(PATIENTS)
+    assert load_data(path, ["dose"], keys=["patient"]).columns == ["patient", "dose"]
+    assert load_data(path, ["dose", "patient"], keys=["patient"]).columns == ["dose", "patient"]
+    both = load_data(path, ["dose"], keys=["t", "patient"])
+    assert both.columns == ["t", "patient", "dose"]
+    assert list(both.levels) == ["t", "patient"]
+    assert list(load_data(path, keys=["t", "patient"]).levels) == ["t", "patient"]
+
+
+LABELS: dict[str, tuple[Any, list[str]]] = {
+    "text": (["b", "a", "b"], ["b", "a"]),
+    "integers": ([7, 3, 7], ["7", "3"]),
+    "whole floats": ([7.0, 3.0, 7.0], ["7", "3"]),
+    "floats": ([0.5, 0.25, 0.5], ["0.5", "0.25"]),
+    "booleans": ([True, False, True], ["True", "False"]),
+    "identifiers beyond float64": ([2**60 + 1, 2**60, 2**60 + 1], [str(2**60 + 1), str(2**60)]),
+    "dates": (
+        pd.to_datetime(["2021-01-01", "2020-01-01", "2021-01-01"]),
+        ["2021-01-01 00:00:00", "2020-01-01 00:00:00"],
+    ),
+    "categories": (pd.Categorical(["b", "a", "b"], categories=["a", "b"]), ["b", "a"]),
+    "nullable integers": (pd.array([7, 3, 7], dtype="Int64"), ["7", "3"]),
+    "Arrow text": (pd.array(["b", "a", "b"], dtype="string[pyarrow]"), ["b", "a"]),
+    "tuples": ([("a", 1), ("b", 2), ("a", 1)], ["('a', 1)", "('b', 2)"]),
+    "numbers and their text": (np.array([1, "a", "1"], dtype=object), ["1", "a"]),
+    "spaces about text": ([" a", "b", "a "], ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("labels, levels", LABELS.values(), ids=LABELS.keys())
+def test_labels_of_any_kind_in_a_frame(labels: Any, levels: list[str]) -> None:
+    frame = pd.DataFrame({"who": labels, "a": [1.0, 2.0, 3.0]})
+    data = load_data(frame, keys="who")
+    assert data.x.tolist() == [[0, 1], [1, 2], [0, 3]]
+    assert data.levels == {"who": levels}
+
+
+def test_labels_of_a_csv_file_are_taken_as_they_are_written(csv: Any) -> None:
+    path = csv("id,a\n007,1\n7,2\n12345678901234567890,3\n12345678901234567891,4\n007,5\n")
+    data = load_data(path, keys=["id"])
+    assert data.x[:, 0].tolist() == [0, 1, 2, 3, 0]
+    assert data.levels["id"][:3] == ["007", "7", "12345678901234567890"]
+    refused(path, "column 'id', row 3 holds an integer")
+
+
+@pytest.mark.parametrize("name", ["semicolon, decimal comma", "quotes", "byte order mark", "Windows lines"])
+def test_labels_in_every_dialect_of_csv(csv: Any, name: str) -> None:
+    data = load_data(csv(READABLE[name]), keys=["b"])
+    assert data.x.tolist() == [[1, 0], [3, 1], [-5, 2]]
+
+
+def test_positions_of_labels_are_counted_without_row_names(csv: Any) -> None:
+    path = csv(",who,a\n0,x,1\n1,y,2\n")
+    assert load_data(path, keys=[0]).levels == {"who": ["x", "y"]}
+    named = csv("1,0,a,b\nx,1,1,1\ny,1,2,1\n", name="named.csv")
+    assert load_data(named, keys=["1"]).levels == {"1": ["x", "y"]}
+    assert load_data(named, keys=[1]).levels == {"0": ["1"]}
+
+
+def test_labels_of_parquet_files_arrays_and_named_sets(parquet: Path) -> None:
+    data = load_data(parquet, keys=["who"])
+    assert data.columns == ["a", "b", "who"]
+    assert data.x[:, 2].tolist() == [0, 1, 2]
+    array = load_data(np.array([[7, 1], [3, 2], [7, 2**53 - 1]]), keys=[0])
+    assert array.x.tolist() == [[0, 1], [1, 2], [0, 2**53 - 1]]
+    assert array.levels == {"x0": ["7", "3"]}
+    assert load_data(torch.tensor([[0.5, 1.0], [0.5, 2.0]]), keys=["x0"]).levels == {"x0": ["0.5"]}
+    huge = np.array([[2**60, 1], [2**60 + 1, 2]], dtype=">i8")
+    assert load_data(huge, keys=[0]).levels == {"x0": [str(2**60), str(2**60 + 1)]}
+    refused(huge, "column 'x0', row 1 holds an integer")
+    schools = load_data("eight-schools", keys=["effect"])
+    assert schools.x[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert schools.levels["effect"][:3] == ["28", "8", "-3"]
+    assert load_data("digits", keys=["pixel_0_0"]).image_shape is None
+
+
+def test_a_level_of_the_index_can_hold_labels() -> None:
+    index = pd.MultiIndex.from_product([["zoe", "adam"], [0, 1]], names=["patient", "t"])
+    frame = pd.DataFrame({"dose": [1.0, 2.0, 3.0, 4.0]}, index=index)
+    data = load_data(frame, keys=["patient"])
+    assert data.columns == ["patient", "dose"]
+    assert data.levels == {"patient": ["zoe", "adam"]}
+    assert load_data(frame).columns == ["dose"]
+    refused(frame, "unknown column of DataFrame 'patients'; known: dose", keys=["patients"])
+
+
+BAD_KEYS: dict[str, tuple[str, Any, str]] = {
+    "unknown name": (PATIENTS, ["patients"], "unknown column of data.csv 'patients'; did you mean 'patient'"),
+    "no such position": (PATIENTS, [3], "found 3 as a column of labels; expected a column's name, or .* -3 to 2"),
+    "no such position in words": (PATIENTS, ["-4"], "found -4 as a column of labels"),
+    "boolean": (PATIENTS, [True], "found True as a column of labels"),
+    "float": (PATIENTS, [1.0], "found 1.0 as a column of labels"),
+    "missing": ("p,a\nx,1\n,2\nx,3\n", ["p"], "column 'p', row 2 holds no label; expected .* 1 such cell of 3"),
+    "missing, spelt": ("p,a\nx,1\nNA,2\nnan,3\n", ["p"], "column 'p', row 2 holds no label; .* 2 such cells of 3"),
+    "missing number": ("p,a\n1,1\n2,2\n,3\n", ["p"], "column 'p', row 3 holds no label"),
+    "nothing else": ("p,a\nx,u\ny,v\n", ["p"], "no numeric column beside the labels in 'p'"),
+    "nothing left": ("p,q\nx,1\ny,2\n", ["p", "q"], "no numeric column beside the labels in 'p', 'q'"),
+}
+
+
+@pytest.mark.parametrize("content, keys, match", BAD_KEYS.values(), ids=BAD_KEYS.keys())
+def test_bad_keys_are_refused(csv: Any, content: str, keys: Any, match: str) -> None:
+    refused(csv(content), match, keys=keys)
+    refused(csv(content), match, keys=keys, missing=True)
+
+
+def test_bad_labels_of_frames_are_refused() -> None:
+    frame = pd.DataFrame({"who": [["x"], ["y"]], "a": [1.0, 2.0]})
+    refused(frame, r"column 'who' holds \['x'\]; expected labels, which are text", keys=["who"])
+    refused(frame.assign(who=["x", " "]), "column 'who', row 2 holds no label", keys=["who"])
+    refused(frame.assign(who=["x", None]), "column 'who', row 2 holds no label", keys=["who"])
+    assert load_data(frame.assign(who=["x", "y"]), keys=["who"]).rows == 2
+    refused(np.array([[1.0, 2.0], [np.nan, 3.0]]), "column 'x0', row 2 holds no label", keys=[0], missing=True)
+    masked = np.ma.masked_equal([[1, 2], [3, 4]], 3)
+    refused(masked, "column 'x0', row 2 holds no label", keys=[0])
+
+
+def test_a_dataset_with_labels_passes_through(csv: Any, caplog: pytest.LogCaptureFixture) -> None:
+    data = load_data(csv(PATIENTS), keys=["patient"])
+    assert load_data(data, keys=["patient"]) is data
+    assert load_data(data, keys=[0]) is data
+    assert not caplog.records
+    both = load_data(data, keys=["t", "patient"])
+    assert both.levels == {"t": ["0", "1"], "patient": ["zoe", "adam", "eve"]}
+    assert both.x[:, 0].tolist() == CODES
+    picked = load_data(data, ["dose"], keys=["patient"])
+    assert (picked.columns, picked.levels) == (["patient", "dose"], data.levels)
+    assert load_data(data, ["dose"]).levels == {}
+    assert not caplog.records
+
+
+def test_codes_that_are_taken_as_numbers_are_reported(csv: Any, caplog: pytest.LogCaptureFixture) -> None:
+    data = load_data(csv(PATIENTS), keys=["patient"])
+    assert load_data(data) is data
+    assert "column 'patient' holds codes of labels, which are taken as numbers here" in caplog.text
+
+
+# ---- missing values --------------------------------------------------------------------------------------------------
+
+GAPS = "a,b\n1,\nNA,4.5\nnan,6\n"
+
+
+def test_missing_values_become_nan_where_they_are_allowed(csv: Any) -> None:
+    data = load_data(csv(GAPS), missing=True)
+    assert data.missing
+    # NaN differs from itself, so it is told by isnan.
+    assert data.x.isnan().tolist() == [[False, True], [True, False], [True, False]]
+    assert data.x[~data.x.isnan()].tolist() == [1, 4.5, 6]
+    refused(csv(GAPS), r"found 3 missing \(NaN\) or infinite values, first nan in column 'b', row 1")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pd.DataFrame({"a": [1, None], "b": [2.0, 3.0]}),
+        pd.DataFrame({"a": pd.array([1, None], dtype="Int64"), "b": [2, 3]}),
+        pd.DataFrame({"a": np.array([1, None], dtype=object), "b": [2, 3]}),
+        np.array([[1.0, 2.0], [np.nan, 3.0]]),
+        np.ma.masked_equal([[1, 2], [7, 3]], 7),
+        torch.tensor([[1.0, 2.0], [torch.nan, 3.0]]),
+    ],
+)
+def test_missing_values_of_frames_arrays_and_tensors(source: Any) -> None:
+    data = load_data(source, missing=True)
+    assert data.x.isnan().tolist() == [[False, False], [True, False]]
+    refused(source, "found 1 missing")
+    assert load_data(source, data.columns[1], missing=True).x.tolist() == [[2], [3]]
+    assert load_data(source, data.columns[1]).x.tolist() == [[2], [3]]
+
+
+def test_a_row_may_be_missing_throughout_and_a_column_may_not(csv: Any) -> None:
+    assert load_data(csv("a,b\n1,2\n,\n3,4\n"), missing=True).x[1].isnan().all()
+    refused(
+        csv("a,b\n1,\n2,NA\n"), "found no number in column 'b', all of it is missing; expected at least 1", missing=True
+    )
+    assert load_data(csv("a,b\n1,\n2,NA\n"), ["a"], missing=True).x.tolist() == [[1], [2]]
+
+
+def test_infinite_values_are_refused_beside_missing_ones(csv: Any) -> None:
+    refused(
+        csv("a,b\n1,\n2,inf\n"),
+        r"found 1 infinite value, first inf in column 'b', row 2; expected finite or missing \(NaN\) numbers",
+        missing=True,
+    )
+
+
+def test_words_are_not_missing(csv: Any) -> None:
+    refused(csv("a\n1\n2\n?\n4\n"), "column 'a', row 3 holds '.'; expected a number", missing=True)
+    assert load_data(csv("a,b\n1,x\n,y\n"), missing=True).columns == ["a"]
+
+
+def test_empty_lines_in_a_single_column_are_not_guessed_at(csv: Any, tmp_path: Path) -> None:
+    path = csv("\nflow\n1\n\n3\n\n")
+    refused(
+        path, "data.csv: found an empty line after '1'; expected NA for a missing value; .*1 such line", missing=True
+    )
+    assert load_data(path).x.tolist() == [[1], [3]]
+    assert load_data(csv("flow\n1\nNA\n3\n\n"), missing=True).x[:, 0].isnan().tolist() == [False, True, False]
+    written = tmp_path / "written.csv"
+    pd.DataFrame({"flow": [1.0, np.nan, 3.0]}).to_csv(written, index=False)
+    assert load_data(written, missing=True).x[:, 0].isnan().tolist() == [False, True, False]
+    assert load_data(csv("a,b\n1,2\n\n,4\n"), missing=True).rows == 2
+
+
+def test_a_dataset_with_missing_values_is_refused_where_they_are_not_allowed(csv: Any) -> None:
+    data = load_data(csv("a,b\n1,2\n,4\n"), missing=True)
+    assert load_data(data, missing=True) is data
+    refused(data, r"data.csv: found 1 missing \(NaN\) or infinite value, first nan in column 'a', row 2")
+    assert not load_data(data, ["b"]).missing
+    complete = a_dataset()
+    assert load_data(complete, missing=True) is complete
+
+
 # ---- Dataset ---------------------------------------------------------------------------------------------------------
 
 
@@ -719,6 +1079,10 @@ def test_a_dataset_passes_through() -> None:
         ({"labels": torch.zeros(2)}, "found 2 labels; expected 3"),
         ({"image_shape": (2, 2)}, "found 4 pixels in image_shape; expected 2"),
         ({"x": torch.full((3, 2), torch.nan, dtype=torch.float64)}, "found 6 missing"),
+        ({"x": torch.full((3, 2), torch.nan, dtype=torch.float64), "missing": True}, "no number in column 'a'"),
+        ({"levels": {"c": []}}, "unknown column in levels of mine 'c'"),
+        ({"levels": {"a": ["x", "y"]}}, "found 3 in column 'a'; expected codes from 0 to 1, one for each"),
+        ({"x": torch.eye(3, 2, dtype=torch.float64), "levels": {"a": ["x", "y"], "b": ["x", "y"]}}, "no column of num"),
     ],
 )
 def test_a_dataset_refuses_what_cannot_be_fitted(changes: dict[str, Any], match: str) -> None:

@@ -1,0 +1,132 @@
+"""Tables in files: CSV and Parquet, with a header; what is no table of numbers is refused in one line."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.words import as_number, count, flat, refuse_duplicates, short
+
+logger = logging.getLogger(__name__)
+
+PARQUET_SUFFIXES = {".parquet", ".pq"}
+FILE_SUFFIXES = PARQUET_SUFFIXES | {".csv", ".tsv", ".txt"}
+SEPARATORS = (",", ";", "\t")
+UNNAMED = re.compile(r"Unnamed: \d+")
+
+
+def read_file(path: Path, where: str) -> pd.DataFrame:
+    """Return the table in a file without the nameless columns that are no data.
+
+    Raises
+    ------
+    InvalidInput
+        If the file cannot be read or is no such table; ``where`` names it.
+    """
+    frame = _read_parquet(path, where) if is_parquet(path) else _read_csv(path, where)
+    return _without_row_names(frame, where)
+
+
+def read_labels(path: Path, where: str, names: Sequence[str]) -> pd.DataFrame:
+    """Return the columns ``names`` of a CSV file as they are written: "007" is another label than "7"."""
+    return _read_csv(path, where, usecols=list(names), dtype=str)
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether the name of a file says that it is Parquet; all others are read as CSV."""
+    return path.suffix.lower() in PARQUET_SUFFIXES
+
+
+def _read_parquet(path: Path, where: str) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    # A corrupt file fails anywhere inside Arrow and pandas, down to a KeyError for their metadata.
+    except Exception as error:
+        raise InvalidInput(
+            f"{where} cannot be read as Parquet ({short(flat(error), 120)}); "
+            "expected a whole Parquet file; write it again"
+        ) from None
+
+
+def _read_csv(path: Path, where: str, **options: Any) -> pd.DataFrame:
+    expected = "expected a header and rows of equally many fields, in UTF-8"
+    try:
+        return _parse_csv(path, where, **options)
+    except pd.errors.EmptyDataError:
+        raise InvalidInput(f"{where} is empty; expected a header and rows of numbers; check the file") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise InvalidInput(
+            f"{where} is not UTF-8 text (byte {byte:#04x}); {expected}; save it as CSV in UTF-8"
+        ) from None
+    except pd.errors.ParserWarning:
+        raise InvalidInput(f"{where}: the first row has more fields than the header; {expected}; correct it") from None
+    except pd.errors.ParserError as error:
+        detail = flat(error).rpartition("C error: ")[2]
+        raise InvalidInput(f"{where} cannot be read as CSV ({detail}); {expected}; correct that line") from None
+
+
+def _parse_csv(path: Path, where: str, **options: Any) -> pd.DataFrame:
+    read = functools.partial(pd.read_csv, path, compression=None, skipinitialspace=True, low_memory=False)
+    separator, names = _header(read)
+    _refuse_binary(where, names)
+    _refuse_numbers_as_names(where, names)
+    refuse_duplicates(where, names)
+    with warnings.catch_warnings():
+        # Without this pandas would drop the surplus fields of a first row that is longer than the header.
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        # Programs that separate by semicolons do so because they write decimal commas.
+        decimal = "," if separator == ";" else "."
+        frame: pd.DataFrame = read(sep=separator, decimal=decimal, header=0, names=names, index_col=False, **options)
+    return frame
+
+
+def _header(read: Callable[..., pd.DataFrame]) -> tuple[str, list[str]]:
+    """Return the separator that gives the first line the most fields, and those fields."""
+    lines = {
+        separator: read(sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
+        for separator in SEPARATORS
+    }
+    separator = max(SEPARATORS, key=lambda candidate: len(lines[candidate]))
+    return separator, [flat(name) or f"Unnamed: {position}" for position, name in enumerate(lines[separator])]
+
+
+def _refuse_binary(where: str, names: list[str]) -> None:
+    if any(ord(character) < 32 for name in names for character in name):
+        raise InvalidInput(f"{where} holds binary data; expected text with a header; export it as CSV or Parquet")
+
+
+def _refuse_numbers_as_names(where: str, names: list[str]) -> None:
+    """Refuse a first line of data, which would be lost as a header; columns counted from 0 or 1 are names."""
+    found = [name for name in names if not math.isnan(as_number(name))]
+    # One or two columns that begin with 0 or 1 may well be data, unless they stand beside row names.
+    enough = len(found) > 2 or any(UNNAMED.fullmatch(name) for name in names)
+    counted = enough and any(found == [str(start + i) for i in range(len(found))] for start in (0, 1))
+    if 2 * len(found) > len(names) and not counted:
+        shown = short(", ".join(found), 60)
+        raise InvalidInput(
+            f"{where}: the first line holds numbers ({shown}); expected a header; add column names above it"
+        )
+
+
+def _without_row_names(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Leave out nameless columns that are no data: empty ones, and row names as pandas and R write them."""
+    nameless = [position for position, name in enumerate(frame.columns) if UNNAMED.fullmatch(str(name))]
+    no_data = [position for position in nameless if _is_no_data(frame.iloc[:, position], position)]
+    if no_data:
+        logger.warning("%s: left out %s without a name (row names or empty)", where, count(len(no_data), "column"))
+    return frame.iloc[:, [position for position in range(frame.shape[1]) if position not in no_data]]
+
+
+def _is_no_data(column: pd.Series, position: int) -> bool:
+    are_row_names = position == 0 and pd.api.types.is_integer_dtype(column.dtype) and column.is_unique
+    return are_row_names or bool(column.isna().all())
