@@ -48,22 +48,18 @@ from typing import Literal, NamedTuple
 import pyro
 import torch
 from pyro import distributions as dist
-from pyro.nn import PyroParam
-from sklearn.cluster import KMeans
 from torch import Tensor
-from torch.distributions import constraints
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.errors import InvalidInput
-from elbozoo.models.contract.options import Field, Options
+from elbozoo.models.contract.mixtures import MixtureEntry, MixtureOptions, Responsibilities, starting_assignments
+from elbozoo.models.contract.options import Field
 from elbozoo.models.numerics.covariances import KINDS
 
 
-class GaussianMixtureOptions(Options):
+class GaussianMixtureOptions(MixtureOptions):
     """Options of :class:`GaussianMixture`."""
 
-    components: int = Field(3, ge=1, description="number K of components")
     covariance: Literal["full", "tied", "diagonal", "spherical"] = Field("full", description="shape of the covariances")
     floor: float = Field(
         1e-6,
@@ -94,7 +90,7 @@ class MixtureStatistics(NamedTuple):
     scatter: Tensor
 
 
-class GaussianMixture(Entry):
+class GaussianMixture(MixtureEntry):
     """Mixture of Gaussians: z ~ Categorical(π), x ~ N(μ_z, Σ_z).
 
     Attributes
@@ -118,7 +114,6 @@ class GaussianMixture(Entry):
         super().__init__(options, columns)
         self.kind = KINDS[options.covariance]
         components = options.components
-        self.weights = PyroParam(torch.full((components,), 1 / components), constraints.simplex)
         self.means = torch.nn.Parameter(torch.zeros(components, columns))
         self.factor = torch.nn.Parameter(torch.zeros(self.kind.factor_shape(components, columns)))
         self.register_buffer("unit", torch.ones(columns))
@@ -126,11 +121,7 @@ class GaussianMixture(Entry):
     @classmethod
     def check_data(cls, x: Tensor, options: GaussianMixtureOptions) -> None:
         """Refuse more components than rows, and columns in which every covariance would be singular."""
-        if options.components > len(x):
-            raise InvalidInput(
-                f"option components: found {options.components} for {len(x)} rows, "
-                "expected at most one component per row"
-            )
+        super().check_data(x, options)
         constant = torch.nonzero(x.var(0, correction=0) == 0).flatten().tolist()
         if constant and (options.covariance != "spherical" or len(constant) == x.shape[1]):
             raise InvalidInput(
@@ -149,15 +140,9 @@ class GaussianMixture(Entry):
         spread = x.std(0, correction=0)
         with torch.no_grad():
             self.unit.copy_(spread.square().mean().sqrt() if self.options.covariance == "spherical" else spread)
-            scaled = x / self.unit
-            if restart % 2 == 0:
-                labels = _kmeans_labels(scaled, self.options.components)
-            else:
-                centres = scaled[torch.randperm(len(x))[: self.options.components]]
-                labels = torch.cdist(scaled, centres).argmin(1)
-            responsibilities = torch.nn.functional.one_hot(labels, self.options.components).to(x.dtype)
+            probs = starting_assignments(x / self.unit, self.options.components, restart)
             self.means.copy_(x.mean(0).expand_as(self.means))
-            self.maximize(self._statistics(x, responsibilities, x.new_zeros(())))
+            self.maximize(self._statistics(x, Responsibilities(probs, x.new_zeros(()))))
 
     def randomize(self) -> None:
         """Draw means three standard deviations wide and covariances about the unit."""
@@ -186,19 +171,13 @@ class GaussianMixture(Entry):
         matrices = scale @ scale.mT if self.kind.has_scale_tril else torch.diag_embed(scale.square())
         return matrices.expand(self.options.components, -1, -1)
 
-    def log_evidence(self, x: Tensor) -> Tensor:
-        """Exact log p(x), (N,), nats: the sum over components, Bishop (2006), equation 9.7."""
-        return torch.logsumexp(self._log_joint(x), -1)
-
-    def posterior(self, x: Tensor) -> dist.Categorical:
-        """Responsibilities p(z given x): batch shape (N,), Bishop (2006), equation 9.13."""
-        return dist.Categorical(logits=self._log_joint(x))
+    def component_log_density(self, x: Tensor) -> Tensor:
+        """Log N(x; μ_k, Σ_k) of each row under each component, (N, K), nats."""
+        return self.kind.log_density(x, self.means, self.scale)
 
     def expected_statistics(self, x: Tensor) -> MixtureStatistics:
         """E step: responsibilities, and the counts and moments that they weigh."""
-        log_joint = self._log_joint(x)
-        log_evidence = torch.logsumexp(log_joint, -1, keepdim=True)
-        return self._statistics(x, (log_joint - log_evidence).exp(), log_evidence.sum())
+        return self._statistics(x, self.responsibilities(x))
 
     def maximize(self, statistics: MixtureStatistics) -> None:
         """M step: Bishop (2006), equations 9.24 to 9.26, under the floor."""
@@ -208,16 +187,15 @@ class GaussianMixture(Entry):
             shift = statistics.shift / counts[:, None]
             self.factor.copy_(self.kind.maximize(statistics.scatter, shift, counts, self.unit, self.options.floor))
             self.means.add_(shift)
-            self.weights = counts / counts.sum()
+            self.set_weights(counts)
 
     def degeneracy(self, x: Tensor) -> str | None:
         """Say which components have collapsed: on the floor, or on too few rows to span the columns."""
         with torch.no_grad():
-            counts = self.posterior(x).probs.sum(0)
             relative = self.covariances / (self.unit[:, None] * self.unit)
             least = torch.linalg.eigvalsh(relative)[:, 0]
             needed = self.columns + 1 if self.options.covariance == "full" else 2
-            collapsed = (least < 2 * self.options.floor) | (counts < needed)
+            collapsed = (least < 2 * self.options.floor) | self.components_below(needed, x)
         if not collapsed.any():
             return None
         names = torch.nonzero(collapsed).flatten().tolist()
@@ -228,16 +206,9 @@ class GaussianMixture(Entry):
             return dist.MultivariateNormal(mean, scale_tril=scale[z] if len(scale) > 1 else scale[0])
         return dist.Normal(mean, scale[z]).to_event(1)
 
-    def _log_joint(self, x: Tensor) -> Tensor:
-        return self.weights.log() + self.kind.log_density(x, self.means, self.scale)
-
-    def _statistics(self, x: Tensor, responsibilities: Tensor, log_evidence: Tensor) -> MixtureStatistics:
-        counts = responsibilities.sum(0)
+    def _statistics(self, x: Tensor, responsibilities: Responsibilities) -> MixtureStatistics:
+        probs, log_evidence = responsibilities
+        counts = probs.sum(0)
         origin = self.means.mean(0)  # an offset of the data far above its spread would cancel otherwise
-        shift = responsibilities.mT @ (x - origin) - counts[:, None] * (self.means - origin)
-        return MixtureStatistics(log_evidence, counts, shift, self.kind.scatter(x, self.means, responsibilities))
-
-
-def _kmeans_labels(x: Tensor, components: int) -> Tensor:
-    seed = int(torch.randint(2**31 - 1, ()))
-    return torch.from_numpy(KMeans(components, n_init=1, random_state=seed).fit(x.numpy()).labels_).long()
+        shift = probs.mT @ (x - origin) - counts[:, None] * (self.means - origin)
+        return MixtureStatistics(log_evidence, counts, shift, self.kind.scatter(x, self.means, probs))

@@ -16,7 +16,7 @@ from torch.distributions import Distribution
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated, private_parameters
-from elbozoo.models.contract.joint import Joint
+from elbozoo.models.contract.joint import Conditional, Joint
 from elbozoo.models.contract.options import Options as BaseOptions
 from elbozoo.models.contract.sites import OBSERVED_SITE, LatentSite, latent_sites, stochastic_nodes
 
@@ -172,6 +172,10 @@ class Entry(PyroModule):
         """Return the rows of ``template`` with the value of the observed site put in its place."""
         return observed
 
+    def starting_latents(self, x: Tensor) -> dict[str, Tensor]:
+        """Return values of global latents at which gradient methods and samplers start; none by default."""
+        return {}
+
     def constant_data(self, x: Tensor) -> dict[str, Tensor]:
         """Return what the program conditions on, such as covariates, by name."""
         return {}
@@ -291,8 +295,8 @@ class SupportsCAVI(Protocol):
         """Closed-form ELBO of the factors, (), total nats."""
         ...
 
-    def factor_distributions(self, x: Tensor, factors: Any) -> Mapping[str, Distribution]:
-        """q of each latent site; local ones with batch shape (N,)."""
+    def factor_distributions(self, x: Tensor, factors: Any) -> Mapping[str, Conditional]:
+        """q of each latent site, or a function of the sites before it; local ones with batch shape (N,)."""
         ...
 
 

@@ -18,7 +18,6 @@ from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.joint import Joint
 from elbozoo.models.contract.options import Field, Options
 
-OWN_SHARE = 0.9
 LEAST_ROWS = 0.5
 
 
@@ -135,27 +134,33 @@ def lost_components(entry: MixtureEntry, x: Tensor) -> str | None:
     return f"components {lost.nonzero().flatten().tolist()} lost their rows (fewer than {LEAST_ROWS} expected rows)"
 
 
-def starting_labels(x: Tensor, components: int, restart: int) -> Tensor:
-    """Label the rows (N,) by k-means (even restarts), or by the nearest of random rows (odd restarts)."""
-    if restart % 2 == 1:
-        centres = x[torch.randperm(len(x))[:components]]
-        return torch.cdist(x, centres).argmin(1)
+def starting_assignments(x: Tensor, components: int, restart: int) -> Tensor:
+    """Assign the rows by k-means (even restarts), or to the nearest of random rows (odd restarts): 0 or 1, (N, K)."""
+    labels = _nearest_random_rows(x, components) if restart % 2 == 1 else _kmeans_labels(x, components)
+    return torch.nn.functional.one_hot(labels, components).to(x.dtype)
+
+
+def starting_sums(x: Tensor, assignments: Tensor) -> WeightedSums:
+    """Statistics of rows assigned to components, and to each component one row more, of halves.
+
+    So no component begins without rows, and no mean at zero or one, where EM would stay.
+    """
+    sums = weighted_sums(x, Responsibilities(assignments, x.new_zeros(())))
+    return sums._replace(counts=sums.counts + 1, sums=sums.sums + 0.5)
+
+
+def _nearest_random_rows(x: Tensor, components: int) -> Tensor:
+    centres = x[torch.randperm(len(x))[:components]]
+    return torch.cdist(x, centres).argmin(1)
+
+
+def _kmeans_labels(x: Tensor, components: int) -> Tensor:
     seed = int(torch.randint(2**31 - 1, ()))
     with warnings.catch_warnings():
         # Fewer different rows than components are an answer here, not a failure to converge.
         warnings.simplefilter("ignore", ConvergenceWarning)
         labels = KMeans(components, n_init=1, random_state=seed).fit(x.numpy()).labels_
     return torch.from_numpy(labels).long()
-
-
-def starting_responsibilities(x: Tensor, components: int, restart: int) -> Tensor:
-    """Responsibilities (N, K) near :func:`starting_labels`, with a share of every row in every component.
-
-    So no parameter starts on the border of its range, which EM would leave slowly or never.
-    """
-    labels = starting_labels(x, components, restart)
-    own = torch.nn.functional.one_hot(labels, components).to(x.dtype)
-    return OWN_SHARE * own + (1 - OWN_SHARE) / components
 
 
 def _positive(counts: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class RegressionEntry(Entry):
 
     Options = RegressionOptions
     options: RegressionOptions
-    example_columns = 4
+    example_columns = 3
     site_dims: ClassVar[dict[str, tuple[str, ...]]] = {"coefficients": ("coefficient",)}
 
     @classmethod
