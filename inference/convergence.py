@@ -49,7 +49,7 @@ class PlateauMonitor:
 
 @dataclass
 class MonotoneMonitor:
-    """Watches the log-likelihood of EM: it may never fall, and stops when what is left to gain is small.
+    """Watches what may never fall, the log-likelihood of EM or the bound of CAVI; stops when little is left to gain.
 
     What is left is Aitken's extrapolation of the geometric tail (Böhning et al. 1994), so that slow
     convergence is not taken for convergence.
@@ -57,17 +57,22 @@ class MonotoneMonitor:
     Parameters
     ----------
     tolerance : float
-        Remaining gain, in nats per datum, below which EM has converged.
+        Remaining gain, in nats per datum, below which the method has converged.
     rows : int
         Number of data.
+    method, quantity, updates : str
+        What is watched, for messages: the method, what it raises, and the steps by which it does.
     """
 
     tolerance: float
     rows: int
+    method: str = "EM"
+    quantity: str = "log p(x)"
+    updates: str = "the E or M step"
     history: list[float] = field(default_factory=list)
 
-    def update(self, log_evidence: float) -> bool:
-        """Take the total log-likelihood of one iteration, nats; return whether EM has converged.
+    def update(self, value: float) -> bool:
+        """Take the total log-likelihood or bound of one iteration, nats; return whether the method has converged.
 
         Raises
         ------
@@ -75,17 +80,27 @@ class MonotoneMonitor:
             If it is not finite, or fell by more than rounding.
         """
         step = len(self.history)
-        if not abs(log_evidence) < float("inf"):
+        if not abs(value) < float("inf"):
             raise NumericalFailure(
-                f"EM iteration {step}: log p(x) is {log_evidence}; standardise the columns or use fewer components"
+                f"{self.method} iteration {step}: {self.quantity} is {value}; "
+                "standardise the columns or use fewer components"
             )
-        if self.history and log_evidence < self.history[-1] - MONOTONE_SLACK * max(self.rows, abs(log_evidence)):
+        if self.history and value < self.history[-1] - MONOTONE_SLACK * max(self.rows, abs(value)):
             raise NumericalFailure(
-                f"EM iteration {step}: log p(x) fell from {self.history[-1]!r} to {log_evidence!r}, which EM never "
-                "does: the E or M step of this entry is wrong or has lost its precision; standardise the columns"
+                f"{self.method} iteration {step}: {self.quantity} fell from {self.history[-1]!r} to {value!r}, which "
+                f"{self.method} never does: {self.updates} of this entry is wrong or has lost its precision; "
+                "standardise the columns"
             )
-        self.history.append(log_evidence)
+        self.history.append(value)
         return len(self.history) >= 3 and self.remaining() < self.tolerance * self.rows
+
+    def unfinished(self) -> str:
+        """Say how much was left to gain when the iterations ran out."""
+        left = self.remaining() / self.rows if len(self.history) >= 3 else float("inf")
+        return (
+            f"{self.method} stopped after {len(self.history)} iterations with about {left:.1g} nats per datum "
+            "still to gain"
+        )
 
     def remaining(self) -> float:
         """Estimated gain still to come, nats over all data."""
