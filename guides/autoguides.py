@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.infer import autoguide
+from pyro.infer.autoguide.utils import deep_setattr
 from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
@@ -16,24 +17,34 @@ from elbozoo.models.contract.collapse import collapsed
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.errors import NumericalFailure
 
-Constructor = Callable[[Callable[[Batch], Any], GuideOptions], autoguide.AutoGuide]
+REACHED = 1e-3  # posterior standard deviations
+SMALL_FACTOR = 1e-4  # a factor of zero has no gradient
+
+Program = Callable[[Batch], Any]
+Start = Callable[[Any], Tensor]
+Constructor = Callable[[Program, GuideOptions, Start], autoguide.AutoGuide]
 
 AUTOGUIDES: dict[str, Constructor] = {
-    "delta": lambda model, options: autoguide.AutoDelta(model),
-    "diagonal-normal": lambda model, options: autoguide.AutoNormal(model, init_scale=options.initial_scale),
-    "full-rank-normal": lambda model, options: autoguide.AutoMultivariateNormal(
-        model, init_scale=options.initial_scale
+    "delta": lambda model, options, start: autoguide.AutoDelta(model, init_loc_fn=start),
+    "diagonal-normal": lambda model, options, start: autoguide.AutoNormal(
+        model, init_loc_fn=start, init_scale=options.scale
     ),
-    "low-rank-normal": lambda model, options: autoguide.AutoLowRankMultivariateNormal(
-        model, init_scale=options.initial_scale, rank=options.rank
+    "full-rank-normal": lambda model, options, start: autoguide.AutoMultivariateNormal(
+        model, init_loc_fn=start, init_scale=options.scale
     ),
-    "flow": lambda model, options: autoguide.AutoIAFNormal(model),
-    "laplace": lambda model, options: autoguide.AutoLaplaceApproximation(model),
+    "low-rank-normal": lambda model, options, start: autoguide.AutoLowRankMultivariateNormal(
+        model, init_loc_fn=start, init_scale=options.scale, rank=options.rank
+    ),
+    "flow": lambda model, options, start: autoguide.AutoIAFNormal(model),
+    "laplace": lambda model, options, start: autoguide.AutoLaplaceApproximation(model, init_loc_fn=start),
 }
 
 
 class GlobalGuide(Guide):
     """One of Pyro's autoguides over the global latents of a model.
+
+    Normal families start at the mode with the curvature there, unless ``initial_scale`` is given or there is no
+    mode: from elsewhere a posterior of unequal scales or strong correlations takes gradient steps very long.
 
     Parameters
     ----------
@@ -54,9 +65,16 @@ class GlobalGuide(Guide):
     ) -> None:
         family = "full-rank-normal" if name == "laplace" else name
         super().__init__(name, family, "global", summed_out=summed_out)
-        self.auto = AUTOGUIDES[name](collapsed(model, summed_out), options)
+        program, start = collapsed(model, summed_out), starting_point(model, x)
+        self.auto = AUTOGUIDES[name](program, options, start)
         self.auto(Batch.full(x))
         self.auto.to(x.dtype)
+        if name in STARTS and options.initial_scale is None:
+            mode = find_mode(program, Batch.full(x), start)
+            if mode is not None:
+                STARTS[name](self.auto, mode)
+                # With the mode found and no θ beside it, nothing is left for a gradient step to do.
+                self.auto.requires_grad_(name != "laplace" or bool(list(model.parameters())))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sample the global latents."""
@@ -78,7 +96,8 @@ class GlobalGuide(Guide):
         """
         if not isinstance(self.auto, autoguide.AutoLaplaceApproximation):
             return
-        self._climb(batch)
+        self.auto.requires_grad_(True)
+        climb(self.auto, batch)
         try:
             self.auto = self.auto.laplace_approximation(batch)
         except torch.linalg.LinAlgError:
@@ -99,18 +118,116 @@ class GlobalGuide(Guide):
             normal.register_buffer(name, value)
         self.auto = normal.to(batch.x.dtype)
 
-    def _climb(self, batch: Batch) -> None:
-        """Go on from where the optimiser stopped to the mode itself: elsewhere the curvature says nothing."""
-        loc = self.auto.loc
-        optimizer = torch.optim.LBFGS(
-            [loc], max_iter=500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
-        )
 
-        def loss() -> Tensor:
-            guide_trace = poutine.trace(self.auto).get_trace(batch)
-            model_trace = poutine.trace(poutine.replay(self.auto.model, trace=guide_trace)).get_trace(batch)
-            value = guide_trace.log_prob_sum() - model_trace.log_prob_sum()
-            (loc.grad,) = torch.autograd.grad(value, [loc])
-            return value.detach()
+class Mode(NamedTuple):
+    """A maximum of log p(x, z) over unconstrained latents.
 
-        optimizer.step(loss)
+    Attributes
+    ----------
+    guide : AutoLaplaceApproximation
+        Pyro's guide, which knows how the latents lie in one vector.
+    loc : Tensor (P,)
+        Where it is.
+    precision : Tensor (P, P)
+        Minus the Hessian there, positive definite.
+    """
+
+    guide: autoguide.AutoLaplaceApproximation
+    loc: Tensor
+    precision: Tensor
+
+
+def starting_point(model: Entry, x: Tensor) -> Start:
+    """Return where gradients start: at the entry's own values if it has some, else at the medians of the priors."""
+    start: Start = autoguide.init_to_value(values=model.starting_latents(x))
+    return start
+
+
+def find_mode(program: Program, batch: Batch, start: Start) -> Mode | None:
+    """Return the mode that the climb from ``start`` reaches, or None where it reaches none.
+
+    A hierarchical prior in its centred form, for one, has a density without bound.
+    """
+    guide = autoguide.AutoLaplaceApproximation(program, init_loc_fn=start)
+    guide(batch)
+    guide.to(batch.x.dtype)
+    climb(guide, batch)
+    slope, hessian = _derivatives(guide, batch)
+    precision = -hessian
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    if failed:
+        return None
+    # The step that Newton's method would still take, in posterior standard deviations.
+    step = torch.linalg.solve_triangular(factor, slope[:, None], upper=False).norm()
+    return Mode(guide, guide.loc.detach(), precision) if float(step) < REACHED else None
+
+
+def climb(guide: autoguide.AutoLaplaceApproximation, batch: Batch) -> None:
+    """Go on from where ``guide`` stands to the mode itself: elsewhere the curvature says nothing."""
+    loc = guide.loc
+    optimizer = torch.optim.LBFGS(
+        [loc], max_iter=500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        value = _loss(guide, batch)
+        (loc.grad,) = torch.autograd.grad(value, [loc])
+        return value.detach()
+
+    optimizer.step(loss)
+
+
+def _loss(guide: autoguide.AutoLaplaceApproximation, batch: Batch) -> Tensor:
+    guide_trace = poutine.trace(guide).get_trace(batch)
+    model_trace = poutine.trace(poutine.replay(guide.model, trace=guide_trace)).get_trace(batch)
+    value: Tensor = guide_trace.log_prob_sum() - model_trace.log_prob_sum()
+    return value
+
+
+def _derivatives(guide: autoguide.AutoLaplaceApproximation, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Slope (P,) and Hessian (P, P) of log p(x, z) over unconstrained latents."""
+    loc = guide.loc
+    (slope,) = torch.autograd.grad(-_loss(guide, batch), [loc], create_graph=True)
+    rows = [torch.autograd.grad(each, [loc], retain_graph=True)[0] for each in slope]
+    return slope.detach(), torch.stack(rows)
+
+
+def _start_diagonal(auto: autoguide.AutoNormal, mode: Mode) -> None:
+    parts = {"locs": mode.loc, "scales": mode.precision.diagonal().rsqrt()}
+    for part, values in parts.items():
+        for site, value in mode.guide._unpack_latent(values):
+            deep_setattr(getattr(auto, part), site["name"], value.clone())
+
+
+def _start_laplace(auto: autoguide.AutoLaplaceApproximation, mode: Mode) -> None:
+    with torch.no_grad():
+        auto.loc.copy_(mode.loc)
+
+
+def _start_full(auto: autoguide.AutoMultivariateNormal, mode: Mode) -> None:
+    scale_tril = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(mode.precision)))
+    diagonal = scale_tril.diagonal()
+    with torch.no_grad():
+        auto.loc.copy_(mode.loc)
+    auto.scale = diagonal.clone()
+    auto.scale_tril = scale_tril / diagonal[:, None]
+
+
+def _start_low_rank(auto: autoguide.AutoLowRankMultivariateNormal, mode: Mode) -> None:
+    # Σ = S (I + F Fᵀ) S with S the scales given all others, and F then the likeliest (Jöreskog 1967, equation 20).
+    scale = mode.precision.diagonal().rsqrt()
+    covariance = torch.cholesky_inverse(torch.linalg.cholesky(mode.precision))
+    values, axes = torch.linalg.eigh(covariance / scale / scale[:, None])
+    rank = auto.cov_factor.shape[-1]
+    with torch.no_grad():
+        auto.loc.copy_(mode.loc)
+        auto.cov_factor.copy_(axes[:, -rank:] * (values[-rank:] - 1).clamp(min=SMALL_FACTOR).sqrt())
+    auto.scale = scale
+
+
+STARTS: dict[str, Callable[[Any, Mode], None]] = {
+    "diagonal-normal": _start_diagonal,
+    "full-rank-normal": _start_full,
+    "low-rank-normal": _start_low_rank,
+    "laplace": _start_laplace,
+}

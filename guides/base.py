@@ -13,9 +13,9 @@ from torch.distributions import Distribution
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.isolation import private_parameters
 from elbozoo.models.contract.options import Field, Options
-from elbozoo.models.distributions.markov_chain import SmoothedMarkovChain
 
 DRAWS = 1000
+INITIAL_SCALE = 0.1
 
 
 class GuideOptions(Options):
@@ -25,7 +25,17 @@ class GuideOptions(Options):
     hidden: int = Field(64, ge=1, description="width of the encoder's hidden layers")
     layers: int = Field(1, ge=1, description="number of the encoder's hidden layers")
     rank: int | None = Field(None, ge=1, description="rank of a low-rank covariance; the root of the dimension if none")
-    initial_scale: float = Field(0.1, gt=0, description="standard deviation at which normal families start")
+    initial_scale: float | None = Field(
+        None,
+        gt=0,
+        description="standard deviation at which normal families start; none takes 0.1, and for global latents "
+        "the curvature at their mode where there is one",
+    )
+
+    @property
+    def scale(self) -> float:
+        """Standard deviation at which normal families start where nothing better is known."""
+        return self.initial_scale or INITIAL_SCALE
 
 
 class Guide(PyroModule):
@@ -76,6 +86,11 @@ class Guide(PyroModule):
         """Whether the guide gives one q per datum."""
         return self.source != "global"
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether q says something about each row."""
+        return self.is_local
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sample the latent sites of ``batch``."""
         raise NotImplementedError
@@ -100,9 +115,10 @@ class Guide(PyroModule):
 
 
 def mean_of(q: Distribution) -> Tensor:
-    """Mean of q, its probabilities if it is categorical, or the mean of 1000 draws where there is no formula."""
-    if isinstance(q, torch.distributions.Categorical | SmoothedMarkovChain):
-        return q.probs
+    """Mean of q, its probabilities if it is finite, or the mean of 1000 draws where there is no formula."""
+    probabilities = getattr(q, "probs", None)
+    if isinstance(probabilities, Tensor):
+        return probabilities
     try:
         return q.mean
     except NotImplementedError:

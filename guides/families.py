@@ -200,7 +200,7 @@ class LowRankNormal(Family):
     def initial(self) -> Tensor:
         """Mean zero, covariance about ``initial_scale``²; the factor starts off zero, where its gradient vanishes."""
         dim = self.site.dim
-        factor = 0.1 * self.options.initial_scale * torch.randn(dim * self.rank)
+        factor = 0.1 * self.options.scale * torch.randn(dim * self.rank)
         return torch.cat([torch.zeros(dim), _log_scales(dim, self.options), factor])
 
     def near_diagonal(self, normal: torch.distributions.MultivariateNormal) -> Tensor:
@@ -258,4 +258,4 @@ def _as_normal(posterior: Distribution, site: LatentSite) -> torch.distributions
 
 
 def _log_scales(dim: int, options: GuideOptions) -> Tensor:
-    return torch.full((dim,), math.log(options.initial_scale))
+    return torch.full((dim,), math.log(options.scale))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
-from elbozoo.guides.base import DRAWS, Guide, GuideOptions
+from elbozoo.guides.base import DRAWS, Guide, GuideOptions, mean_of
 from elbozoo.guides.families import FAMILIES, Family
 from elbozoo.guides.sources import SOURCES
 from elbozoo.models.contract.batch import Batch
@@ -87,6 +87,9 @@ class ExactGuide(Guide):
     def means(self, batch: Batch) -> Tensor:
         """Mean of the posterior of each row; by draws where its sites depend on one another."""
         posterior = self.posterior(batch)
+        if self.is_path:
+            (path,) = self.distributions(batch).values()
+            return mean_of(path).reshape(*batch.x.shape[:2], -1)
         if len(posterior.conditionals) == 1:
             return super().means(batch)
         draws = posterior.sample((DRAWS,))

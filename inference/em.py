@@ -106,14 +106,9 @@ def _one_start(entry: Entry, x: Tensor, options: EMOptions) -> EMRun:
             interrupted = True
     state = {name: value.clone() for name, value in entry.state_dict().items()}
     degeneracy = entry.degeneracy(x) if hasattr(entry, "degeneracy") else None
-    unfinished = None if converged or interrupted else _unfinished(monitor)
+    unfinished = None if converged or interrupted else monitor.unfinished()
     log_evidence = monitor.history[-1] if monitor.history else -math.inf
     return EMRun(state, log_evidence, trajectory, converged, interrupted, degeneracy, unfinished)
-
-
-def _unfinished(monitor: MonotoneMonitor) -> str:
-    left = monitor.remaining() / monitor.rows if len(monitor.history) >= 3 else math.inf
-    return f"EM stopped after {len(monitor.history)} iterations with about {left:.1g} nats per datum still to gain"
 
 
 def _rank(run: EMRun) -> tuple[bool, float]:

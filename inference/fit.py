@@ -169,14 +169,12 @@ class Fit:
         """
         with isolated(self._stream), torch.no_grad():
             batch = Batch.full(self._rows(x))
-            if not self.guide.is_local:
+            if not self.guide.has_rows:
                 raise InvalidInput(
                     f"{self.model} has one latent for the whole data set, so rows have none of their own to return"
                 )
             means = self.guide.means(batch)
-            if isinstance(self.entry, SequenceEntry):
-                return by_row(batch.x, means.reshape(*batch.x.shape[:2], -1))
-            return means
+            return by_row(batch.x, means) if isinstance(self.entry, SequenceEntry) else means
 
     def score_samples(self, x: Any = None) -> Tensor:
         """Return log p(x_n) of each row, (N,), nats: exact, by quadrature or estimated as the entry allows."""

@@ -155,8 +155,8 @@ def _restore_guide(
         return DrawsGuide.from_state(tensors)
     if name == ConjugateGuide.NAME:
         return ConjugateGuide.from_state(entry, tensors)
-    # The guide takes its shapes from data: any data of the right size will do.
-    x = placeholder(entry, shape)
+    # The guide takes its shapes from data: any data of the right size will do, and any starting values.
+    x, options = placeholder(entry, shape), options.model_copy(update={"initial_scale": 1.0})
     with isolated(0):
         guide = build_guide(name, entry, x, options)
         guide.prepare_to_load(Batch.full(x))

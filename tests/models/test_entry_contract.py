@@ -13,7 +13,14 @@ from torch import Tensor
 from elbozoo.inference.convergence import MONOTONE_SLACK
 from elbozoo.inference.em import EMOptions, expected_statistics, run_em
 from elbozoo.models import Batch, Entry, capabilities, get_entry, list_models
-from elbozoo.models.contract.entry import HasOracle, HasPosterior, HasPredictive, HasRowLikelihoods, SupportsEM, joint_posterior
+from elbozoo.models.contract.entry import (
+    HasOracle,
+    HasPosterior,
+    HasPredictive,
+    HasRowLikelihoods,
+    SupportsEM,
+    joint_posterior,
+)
 from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
 from elbozoo.models.contract.isolation import isolated
 
@@ -115,9 +122,7 @@ def test_joint_minus_posterior_is_the_evidence_for_every_latent(name: str) -> No
         assert joint - wrong != pytest.approx(truth, rel=1e-8, abs=1e-8)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in every_entry() if isinstance(get_entry(n).example(), HasPredictive)]
-)
+@pytest.mark.parametrize("name", [n for n in every_entry() if isinstance(get_entry(n).example(), HasPredictive)])
 def test_predictive_is_the_ratio_of_evidences(name: str) -> None:
     """p(new given x) = p(x, new) / p(x): the chain rule ties predictive and oracle (1e-8 nats)."""
     entry, x = entry_for(name), example_data(name)
@@ -196,7 +201,7 @@ def test_a_wrong_m_step_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) ->
     def overshooting(self: Entry, statistics: object) -> None:
         right(self, statistics)  # type: ignore[arg-type]
         with torch.no_grad():
-            next(p for key, p in self.named_parameters() if "lo" in key or "means" in key).mul_(1.5)
+            next(p for key, p in self.named_parameters() if "lo" in key or "means" in key or "probs" in key).mul_(1.5)
 
     monkeypatch.setattr(type(entry), "maximize", overshooting)
     with pytest.raises(NumericalFailure, match="fell from"):
