@@ -13,7 +13,15 @@ from elbozoo.data import Dataset, list_datasets, load_data
 from elbozoo.guides import registry as guides
 from elbozoo.inference.comparison import run_comparison
 from elbozoo.inference.fit import Fit
-from elbozoo.inference.method import SCHEMA_TITLES, default_methods, method_names, plan, program_entry, warn_of_unread
+from elbozoo.inference.method import (
+    SCHEMA_TITLES,
+    default_methods,
+    method_names,
+    plan,
+    program_entry,
+    schemas_of,
+    warn_of_unread,
+)
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Entry, capabilities
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
@@ -76,7 +84,7 @@ def describe(model: str) -> dict[str, Any]:
     example = cls.example()
     schemas: dict[str, type[Options]] = {
         model: cls.Options,
-        **{title: schema for schema, title in SCHEMA_TITLES.items()},
+        **{SCHEMA_TITLES[schema]: schema for schema in schemas_of(example)},
     }
     return {
         "model": model,

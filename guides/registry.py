@@ -123,6 +123,8 @@ def _local_refusal(entry: Entry, sites: list[LatentSite], family: str, source: s
             return f"the latent {site.name!r} is one for the whole data set, so there is no q per datum to be {source}"
     if isinstance(entry, SequenceEntry) and source not in STEP_SOURCES:
         return f"a datum is a sequence, and sequences of different lengths have no {source} q"
+    if isinstance(entry, SequenceEntry) and family == "low-rank-normal":
+        return "q is independent across time, and a step has few dimensions, which full-rank-normal serves"
     # A program with both kinds of latents has a family for the continuous ones and a categorical for the others.
     fitting = [site for site in sites if FAMILIES[family].refusal(site) is None]
     refused = [site for site in sites if site not in fitting]

@@ -217,13 +217,24 @@ class Fit:
             if self.x is None:
                 raise InvalidInput("a loaded fit does not carry its data; pass the rows x")
             return self.x
-        given = _numbers(x)
+        given = _numbers(_by_name(x, self.entry))
         rows = self.entry.arrange(given, self.entry.options) if given.ndim == 2 else given
         if rows.ndim != len(self.shape) or self.entry.width(rows) != self.entry.columns:
-            raise InvalidInput(f"found data of shape {tuple(given.shape)}, expected (rows, {self.entry.columns})")
+            columns = ", ".join(self.entry.table_names)
+            raise InvalidInput(
+                f"found data of shape {tuple(given.shape)}, expected (rows, {len(self.entry.table_names)}): {columns}"
+            )
         if rows.isinf().any() or (rows.isnan().any() and not self.entry.allows_missing):
             raise InvalidInput("found NaN or infinity in the rows, expected finite numbers; leave those rows out")
         return rows
+
+
+def _by_name(x: Any, entry: Entry) -> Any:
+    """Return the columns of a frame that the entry was built for, in their order; anything else as it is."""
+    if not isinstance(x, pd.DataFrame) or not set(entry.table_names) <= set(x.columns):
+        return x
+    table = x[list(entry.table_names)]
+    return table.assign(**{key: pd.factorize(table[key])[0] for key in entry.key_names()})
 
 
 def _numbers(x: Any) -> Tensor:
@@ -234,7 +245,10 @@ def _numbers(x: Any) -> Tensor:
     try:
         return torch.tensor(np.asarray(source, dtype=np.float64))
     except (TypeError, ValueError):
-        raise InvalidInput(f"found a {type(x).__name__} that holds no numbers, expected rows (N, D) of them") from None
+        raise InvalidInput(
+            f"found a {type(x).__name__} that does not hold numbers alone, expected rows (N, D) of them; "
+            "ez.load_data(x, columns) picks columns"
+        ) from None
 
 
 def closed_form_evidence(entry: Entry, x: Tensor) -> float:

@@ -88,15 +88,8 @@ class Plan:
 
     def reads(self) -> set[str]:
         """Return the names of the options that this fit reads."""
-        em: type[Options] = EMOptions if isinstance(self.entry, SupportsEM) else MonteCarloEMOptions
-        of_method: dict[str, tuple[type[Options], ...]] = {
-            "em": (em,),
-            "closed-form": (),
-            "cavi": (CAVIOptions,),
-            "nuts": (NUTSOptions,),
-        }
-        schemas = of_method.get(self.method, (GuideOptions, TrainingOptions))
-        return {name for schema in (type(self.entry.options), *schemas) for name in schema.model_fields}
+        schemas = (type(self.entry.options), *schemas_of_method(self.method, self.entry))
+        return {name for schema in schemas for name in schema.model_fields}
 
     def schema(self, cls: type[Options]) -> Any:
         """Return the options of this plan that ``cls`` declares, validated."""
@@ -167,6 +160,24 @@ def method_names(entry: Entry) -> list[str]:
     """Return the names of all methods that apply to ``entry``."""
     special = [name for name, refusal in _refusals(entry).items() if refusal is None]
     return [*special, *guide_names(entry)]
+
+
+def schemas_of_method(method: str, entry: Entry) -> tuple[type[Options], ...]:
+    """Return the options that ``method`` reads, beside those of ``entry``."""
+    em: type[Options] = EMOptions if isinstance(entry, SupportsEM) else MonteCarloEMOptions
+    of_method: dict[str, tuple[type[Options], ...]] = {
+        "em": (em,),
+        "closed-form": (),
+        "cavi": (CAVIOptions,),
+        "nuts": (NUTSOptions,),
+    }
+    return of_method.get(method, (GuideOptions, TrainingOptions))
+
+
+def schemas_of(entry: Entry) -> list[type[Options]]:
+    """Return the options of all methods that apply to ``entry``, each once, in the order of :data:`SCHEMAS`."""
+    found = {schema for method in method_names(entry) for schema in schemas_of_method(method, entry)}
+    return [schema for schema in SCHEMAS if schema in found]
 
 
 def default_methods(entry: Entry) -> list[str]:

@@ -107,7 +107,7 @@ def _card(fit: Fit) -> dict[str, Any]:
         "seed": fit.seed,
         "shape": list(fit.shape),
         "columns": fit.entry.columns,
-        "names": list(fit.entry.names),
+        "names": list(fit.entry.table_names),
         "model_options": fit.entry.options.model_dump(),
         "guide_options": fit.guide_options.model_dump(),
         "options": fit.options,
@@ -124,7 +124,7 @@ def _restore(card: dict[str, Any], folder: Path) -> dict[str, Any]:
     entry = entry_class(entry_class.Options.parse(card["model_options"]), card["columns"]).double()
     entry.load_state_dict(load_file(folder / MODEL))
     guide_options = GuideOptions.parse(card["guide_options"])
-    entry.names = tuple(card["names"])
+    entry.table_names = tuple(card["names"])
     guide = _restore_guide(card["guide"], entry, tuple(card["shape"]), guide_options, load_file(folder / GUIDE))
     kept = (
         "model",

@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from elbozoo.guides import Guide, build_guide, guide_names
+from elbozoo.guides.base import GuideOptions
 from elbozoo.models import Batch, Entry, entry_names, get_entry
 from elbozoo.models.contract.isolation import isolated
 
@@ -30,9 +31,9 @@ def entry_for(name: str, seed: int = 0) -> Entry:
 
 
 def guide_for(entry: Entry, guide: str, x: Tensor, seed: int = 0) -> Guide:
-    """Build an untrained guide in float64."""
+    """Build an untrained guide in float64, which starts with no knowledge of the posterior."""
     with isolated(seed):
-        return build_guide(guide, entry, x).double()
+        return build_guide(guide, entry, x, GuideOptions(initial_scale=0.1)).double()
 
 
 def every_entry() -> list[str]:

@@ -41,8 +41,8 @@ class Entry(PyroModule):
         Whether NaN may stand in the data for what was not observed.
     site_dims : dict
         Names of the dimensions of one draw of a site, where they have a meaning.
-    names : tuple of str
-        Names of the columns of the data.
+    table_names : tuple of str
+        Names of the columns of the table that the entry was built for.
     """
 
     Options: ClassVar[type[BaseOptions]] = BaseOptions
@@ -56,7 +56,7 @@ class Entry(PyroModule):
             super().__init__()
         self.options = options
         self.columns = columns
-        self.names = default_names(columns)
+        self.table_names = default_names(columns)
 
     @classmethod
     def name(cls) -> str:
@@ -127,7 +127,7 @@ class Entry(PyroModule):
         cls.check_data(arranged, parsed)
         with isolated(seed):
             entry = cls(parsed, cls.width(arranged)).to(cls.dtype)
-            entry.names = entry.kept_names(names)
+            entry.table_names = names
             entry.initialize(arranged.to(cls.dtype))
         return entry
 
@@ -141,9 +141,15 @@ class Entry(PyroModule):
             entry.randomize()
         return entry
 
-    def kept_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Return those of the table's column names that arranged data still have."""
-        return names
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns that arranged data still have."""
+        return self.table_names
+
+    def key_names(self) -> list[str]:
+        """Return the names of those columns of the table that hold labels."""
+        roles = type(self.options).column_roles()
+        return [self.table_names[c] for o, c in self.options.columns_named().items() if roles[o].is_key]  # type: ignore[index]
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
         """Set the starting values of θ for the rows ``x`` (N, D); ``restart`` counts the attempts from 0."""

@@ -62,12 +62,11 @@ class SequenceEntry(Entry):
         """Return the number of steps of all sequences together."""
         return int(steps_mask(x).sum())
 
-    def kept_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the names of the observed columns."""
-        key = self.options.sequence  # type: ignore[attr-defined]
-        if key is None or len(names) == self.columns:
-            return names[-self.columns :]
-        return tuple(name for position, name in enumerate(names) if position != key % len(names))
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the observed columns."""
+        keys = self.key_names() if len(self.table_names) > self.columns else []
+        return tuple(name for name in self.table_names if name not in keys)
 
     def template(self, n: int, steps: int | None = None) -> Tensor:
         """Return ``n`` sequences of zeros with ``steps`` steps."""
