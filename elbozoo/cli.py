@@ -137,9 +137,7 @@ def fit_command(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            "--method", metavar="M", help="Instead of a guide: em, closed-form, cavi or nuts."
-        ),
+        typer.Option("--method", metavar="M", help="Instead of a guide: em, closed-form, cavi or nuts."),
     ] = None,
     settings: Settings = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,

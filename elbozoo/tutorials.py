@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from elbozoo.guides.autoguides import AUTOGUIDES
 from elbozoo.guides.families import FAMILIES

@@ -245,10 +245,8 @@ def _numbers(x: Any) -> Tensor:
     try:
         return torch.tensor(np.asarray(source, dtype=np.float64))
     except (TypeError, ValueError):
-        raise InvalidInput(
-            f"found a {type(x).__name__} that does not hold numbers alone, expected rows (N, D) of them; "
-            "ez.load_data(x, columns) picks columns"
-        ) from None
+        what = "has columns that hold no numbers" if isinstance(x, pd.DataFrame) else "holds no numbers"
+        raise InvalidInput(f"found a {type(x).__name__} that {what}, expected rows (N, D) of them") from None
 
 
 def closed_form_evidence(entry: Entry, x: Tensor) -> float:

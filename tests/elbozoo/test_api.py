@@ -94,7 +94,7 @@ def test_list_guides_agrees_with_describe_and_with_fit(model: str) -> None:
     assert list(table.index[table["fits"]]) == card["guides"]
     assert set(card["guides"]) <= set(card["methods"])
     assert ((table["reason"] == "") == table["fits"]).all()
-    example = get_entry(model).example().simulate(20, seed=1)[0]
+    example = get_entry(model).example().simulate_table(20, seed=1)[0]
     for guide in table.index[~table["fits"]]:
         refused(f"guide '{guide}' does not fit {model}: ", ez.fit, model, example, guide=guide)
 
@@ -319,7 +319,7 @@ def test_a_fit_comes_back_from_disk_as_it_was(model: str, method: str, tmp_path:
         "converged",
         "options",
         "guide_options",
-        "rows",
+        "shape",
         "notes",
         "provenance",
     ):
