@@ -97,10 +97,12 @@ class GlobalGuide(Guide):
         if not isinstance(self.auto, autoguide.AutoLaplaceApproximation):
             return
         self.auto.requires_grad_(True)
-        climb(self.auto, batch)
         try:
+            climb(self.auto, batch)
+            if not torch.isfinite(self.auto.loc).all():
+                raise torch.linalg.LinAlgError
             self.auto = self.auto.laplace_approximation(batch)
-        except torch.linalg.LinAlgError:
+        except (torch.linalg.LinAlgError, ValueError):
             raise NumericalFailure(
                 "laplace: the log density of the latents is not curved downwards where the search for its maximum "
                 "ended, expected a mode; try another guide, such as full-rank-normal"

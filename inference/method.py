@@ -15,7 +15,6 @@ from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.guides.conjugate import ConjugateGuide
-from elbozoo.guides.draws import DrawsGuide
 from elbozoo.guides.registry import ALL_NAMES, build_guide, guide_names, resolve_guide
 from elbozoo.inference.best_member import best_member
 from elbozoo.inference.cavi import CAVIOptions, run_cavi
@@ -319,9 +318,8 @@ def _run_nuts(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) ->
     before = time.perf_counter()
     run = run_nuts(entry, x, plan.schema(NUTSOptions), seed=seed, progress=progress)
     seconds = time.perf_counter() - before
-    guide = DrawsGuide(run.draws)
     return _fit(
-        plan, entry, guide, seed, "log p(x, z)", run.trajectory, seconds, run.converged, run.interrupted, run.notes
+        plan, entry, run.guide(), seed, "log p(x, z)", run.trajectory, seconds, run.converged, run.interrupted, run.notes
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer import config_enumerate
 from torch import Tensor
 
 from elbozoo.models.contract.batch import Batch
@@ -18,7 +19,7 @@ EVIDENCE_SITE = "x_evidence"
 
 
 def collapsed(program: Callable[[Batch], Any], summed_out: Collection[str]) -> Callable[[Batch], Any]:
-    """Return ``program`` without the finite local sites ``summed_out``, which it must mark for enumeration.
+    """Return ``program`` without the finite local sites ``summed_out``.
 
     Instead of them and of the observed site it has the factor ``"x_evidence"``, log p(x_n given the global
     latents) in nats, inside the data plate. So whatever draws from q or differentiates log p(x, z) need not know
@@ -28,7 +29,7 @@ def collapsed(program: Callable[[Batch], Any], summed_out: Collection[str]) -> C
         return program
 
     def marginal_program(batch: Batch) -> Tensor:
-        enumerated = poutine.enum(program, first_available_dim=PARTICLE_DIM - 1)
+        enumerated = poutine.enum(config_enumerate(program), first_available_dim=PARTICLE_DIM - 1)
         # Global sites are shown to the handlers outside; those of a row are only summed over.
         with poutine.block(hide_fn=is_local_message):
             trace = poutine.trace(enumerated).get_trace(batch)

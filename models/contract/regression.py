@@ -31,7 +31,10 @@ class RegressionEntry(Entry):
     Options = RegressionOptions
     options: RegressionOptions
     example_columns = 3
-    site_dims: ClassVar[dict[str, tuple[str, ...]]] = {"coefficients": ("coefficient",)}
+    site_dims: ClassVar[dict[str, tuple[str, ...]]] = {
+        "coefficients": ("coefficient",),
+        "design": ("coefficient",),
+    }
 
     @classmethod
     def check_data(cls, x: Tensor, options: Any) -> None:

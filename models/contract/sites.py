@@ -100,7 +100,8 @@ def latent_sites(program: Callable[[Batch], Any], batch: Batch) -> list[LatentSi
 def stochastic_nodes(trace: poutine.Trace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the unobserved sample nodes of a trace, without the plates' own."""
     for name, node in trace.nodes.items():
-        if node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node):
+        is_drawn = node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
+        if is_drawn and not node["infer"].get("_deterministic"):
             yield name, node
 
 

@@ -94,7 +94,7 @@ def test_draws_have_the_mean_and_variance_of_a_known_posterior(normal_mean: tupl
 def test_eight_schools_agree_with_quadrature_and_the_verdict_tells_the_forms_apart() -> None:
     """Non-centred: every mean within 5 standard errors. Centred: it diverges, and its verdict says so."""
     entry = get_entry("eight-schools").from_data(SCHOOLS)
-    run = quick(entry, SCHOOLS, warmup=500, draws=500)
+    run = quick(entry, SCHOOLS, warmup=300, draws=500)
     theta = run.draws["mu"][..., None] + run.draws["tau"][..., None] * run.draws["eta"]
     draws = {"mu": run.draws["mu"], "tau": run.draws["tau"], "theta": theta}
     moments = entry.posterior_moments(SCHOOLS)  # type: ignore[operator]
@@ -105,7 +105,7 @@ def test_eight_schools_agree_with_quadrature_and_the_verdict_tells_the_forms_apa
     assert all((z_scores(values, other[site].mean) > Z).any() for site, values in draws.items())
 
     centred = get_entry("eight-schools").from_data(SCHOOLS, parameterization="centred")
-    doubtful = quick(centred, SCHOOLS, warmup=300, draws=300)
+    doubtful = quick(centred, SCHOOLS, chains=2, warmup=200, draws=200)
     assert doubtful.divergences > 0 and not doubtful.converged
     assert any("divergence" in note and "non-centred" in note for note in doubtful.notes)
 
