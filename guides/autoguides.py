@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
-from pyro.infer import autoguide
+from pyro.infer import Trace_ELBO, autoguide
 from pyro.infer.autoguide.utils import deep_setattr
 from torch import Tensor
 
@@ -16,8 +17,11 @@ from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.collapse import collapsed
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.errors import NumericalFailure
+from elbozoo.models.contract.sites import MAX_PLATE_NESTING
 
+PARTICLES = 100  # of the ELBO at which a start is judged
 REACHED = 1e-3  # posterior standard deviations
+WALL = 1e100  # nats
 SMALL_FACTOR = 1e-4  # a factor of zero has no gradient
 
 Program = Callable[[Batch], Any]
@@ -72,9 +76,17 @@ class GlobalGuide(Guide):
         if name in STARTS and options.initial_scale is None:
             mode = find_mode(program, Batch.full(x), start)
             if mode is not None:
-                STARTS[name](self.auto, mode)
+                self._start_at(mode, program, Batch.full(x))
                 # With the mode found and no θ beside it, nothing is left for a gradient step to do.
                 self.auto.requires_grad_(name != "laplace" or bool(list(model.parameters())))
+
+    def _start_at(self, mode: Mode, program: Program, batch: Batch) -> None:
+        """Move to the mode and its curvature, unless the ELBO is lower there: a ridge is not told by its top."""
+        before = {key: value.clone() for key, value in self.auto.state_dict().items()}
+        elbo = _elbo(program, self.auto, batch)
+        STARTS[self.name](self.auto, mode)
+        if self.is_bound and not _elbo(program, self.auto, batch) >= elbo:
+            self.auto.load_state_dict(before)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sample the global latents."""
@@ -173,10 +185,14 @@ def climb(guide: autoguide.AutoLaplaceApproximation, batch: Batch) -> None:
 
     def loss() -> Tensor:
         value = _loss(guide, batch)
-        (loc.grad,) = torch.autograd.grad(value, [loc])
-        return value.detach()
+        (slope,) = torch.autograd.grad(value, [loc])
+        # A trial step may overflow; a wall there makes the line search turn back.
+        is_finite = bool(torch.isfinite(value) & torch.isfinite(slope).all())
+        loc.grad = slope if is_finite else torch.zeros_like(slope)
+        return value.detach() if is_finite else value.new_tensor(WALL)
 
-    optimizer.step(loss)
+    with pyro.validation_enabled(False):
+        optimizer.step(loss)
 
 
 def _loss(guide: autoguide.AutoLaplaceApproximation, batch: Batch) -> Tensor:
@@ -184,6 +200,12 @@ def _loss(guide: autoguide.AutoLaplaceApproximation, batch: Batch) -> Tensor:
     model_trace = poutine.trace(poutine.replay(guide.model, trace=guide_trace)).get_trace(batch)
     value: Tensor = guide_trace.log_prob_sum() - model_trace.log_prob_sum()
     return value
+
+
+def _elbo(program: Program, guide: autoguide.AutoGuide, batch: Batch) -> float:
+    loss = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=MAX_PLATE_NESTING)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        return -float(loss.differentiable_loss(program, guide, batch))
 
 
 def _derivatives(guide: autoguide.AutoLaplaceApproximation, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -317,9 +317,9 @@ def _run_cavi(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) ->
 def _run_nuts(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
     before = time.perf_counter()
     run = run_nuts(entry, x, plan.schema(NUTSOptions), seed=seed, progress=progress)
-    seconds = time.perf_counter() - before
+    seconds, guide = time.perf_counter() - before, run.guide()
     return _fit(
-        plan, entry, run.guide(), seed, "log p(x, z)", run.trajectory, seconds, run.converged, run.interrupted, run.notes
+        plan, entry, guide, seed, "log p(x, z)", run.trajectory, seconds, run.converged, run.interrupted, run.notes
     )
 
 
