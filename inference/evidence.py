@@ -10,9 +10,19 @@ from pyro import poutine
 from torch import Tensor
 
 from elbozoo.guides.base import Guide
+from elbozoo.inference.annealing import annealed_evidence
+from elbozoo.inference.cubature import LARGEST_DIM, log_cubature
+from elbozoo.inference.unconstrained import UnconstrainedProgram
 from elbozoo.inference.weights import Weights, importance_weights, log_joint
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry, HasOracle, HasRowLikelihoods, supports_quadrature
+from elbozoo.models.contract.entry import (
+    Entry,
+    HasEnumeratedEvidence,
+    HasOracle,
+    HasReducedJoint,
+    HasRowLikelihoods,
+    supports_quadrature,
+)
 from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.contract.sites import LatentSite
 from elbozoo.models.numerics.quadrature import Quadrature, log_integral
@@ -20,11 +30,18 @@ from elbozoo.models.numerics.quadrature import Quadrature, log_integral
 PARTICLES = 1000
 CHUNK_ROWS = 65_536
 QUADRATURE_TOLERANCE = 1e-5  # nats per datum
+STARTS = 1000  # draws of the prior about which cubature looks for the mass
+UNKNOWN_SCALE = 10.0  # standard deviation of points to start from where there is no prior to draw from
+MOST_CHAINS, FEWEST_CHAINS, CHAIN_ROWS = (
+    256,
+    64,
+    2**17,
+)  # chains of the annealing; fewer where rows times chains are many
 HARD_ROW, HARD_ROW_NODES = 1e-4, 2**18  # rows whose error is above this, nats, are integrated again with more nodes
 
 
 class Evidence(NamedTuple):
-    """log p(x) of a data set at the present θ.
+    """log p(x) of a data set at the present θ; it does not depend on a guide, unless it is an estimate from its draws.
 
     Attributes
     ----------
@@ -32,7 +49,8 @@ class Evidence(NamedTuple):
         Total over the rows, nats.
     standard_error : float
         Standard error of ``value``, nats: zero for ``exact``; for ``quadrature`` an upper estimate of its
-        error; for ``estimate`` the Monte Carlo error of a quantity that is below log p(x) in expectation.
+        error; for ``estimate`` the Monte Carlo error of a quantity that is below log p(x) in expectation, be it
+        by annealing or from draws of a guide.
     kind : str
         ``exact``, ``quadrature`` or ``estimate``.
     per_datum : Tensor (N,) or None
@@ -46,12 +64,25 @@ class Evidence(NamedTuple):
 
 
 def log_evidence(entry: Entry, x: Tensor) -> Evidence | None:
-    """Return the evidence of ``x`` (N, D) where the entry's oracle or quadrature gives it, otherwise None."""
+    """Return the evidence of ``x`` (N, D) where it can be had without a guide, otherwise None.
+
+    Exact where the entry knows it; by quadrature where it is an integral over two real dimensions for each datum,
+    or over three for all data; an annealed estimate where there are more for all data and they are continuous. The same
+    data and parameters have the same value whenever it is asked for.
+    """
     if isinstance(entry, HasOracle):
         return _exact(entry, x)
-    if supports_quadrature(entry.latent_sites()):
+    with torch.no_grad():
+        enumerated = entry.enumerated_log_evidence(x) if isinstance(entry, HasEnumeratedEvidence) else None
+    if enumerated is not None:
+        return Evidence(float(enumerated), 0.0, "exact", None)
+    if supports_quadrature(entry.latent_sites(x)):
         return _quadrature(entry, x)
-    return None
+    with isolated(0):
+        if isinstance(entry, HasReducedJoint):
+            return _reduced(entry, x)
+        program = UnconstrainedProgram.of(entry, x)
+        return None if program is None else _global(program)
 
 
 def estimate_evidence(weights: Weights) -> Evidence:
@@ -82,14 +113,14 @@ def evidence_or_estimate(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Ev
 
 def _exact(entry: HasOracle, x: Tensor) -> Evidence:
     with torch.no_grad():
-        if entry.latent_sites()[0].is_local:  # type: ignore[attr-defined]
+        if entry.latent_sites(x)[0].is_local:  # type: ignore[attr-defined]
             per_datum = torch.cat([entry.log_evidence(part) for part in x.split(CHUNK_ROWS)])
             return Evidence(float(per_datum.sum()), 0.0, "exact", per_datum)
         return Evidence(float(entry.log_evidence(x)), 0.0, "exact", None)
 
 
 def _quadrature(entry: Entry, x: Tensor) -> Evidence:
-    sites = entry.latent_sites()
+    sites = entry.latent_sites(x)
     with isolated(0), torch.no_grad():
         centre, scale = _prior_moments(entry, sites, x)
 
@@ -110,6 +141,22 @@ def _quadrature(entry: Entry, x: Tensor) -> Evidence:
             again = integrate(x[hard], own_nodes=HARD_ROW_NODES)
             value[hard], error[hard] = again.log_value, again.error
     return Evidence(float(value.sum()), float(error.sum()), "quadrature", value)
+
+
+def _reduced(entry: HasReducedJoint, x: Tensor) -> Evidence:
+    dim = entry.reduced_dim
+    starts = UNKNOWN_SCALE * torch.randn(STARTS, dim, dtype=x.dtype)
+    found = log_cubature(lambda u: entry.reduced_log_joint(x, u), starts)
+    return Evidence(found.log_value, found.error, "quadrature", None)
+
+
+def _global(program: UnconstrainedProgram) -> Evidence:
+    if program.dim <= LARGEST_DIM:
+        integral = log_cubature(program.log_joint, program.prior_draws(STARTS))
+        return Evidence(integral.log_value, integral.error, "quadrature", None)
+    chains = min(MOST_CHAINS, max(FEWEST_CHAINS, CHAIN_ROWS // len(program.batch.x)))
+    estimate = annealed_evidence(program.log_terms, program.prior_draws(chains), chains=chains)
+    return Evidence(estimate.log_value, estimate.standard_error, "estimate", None)
 
 
 def _prior_moments(entry: Entry, sites: list[LatentSite], x: Tensor) -> tuple[Tensor, Tensor]:

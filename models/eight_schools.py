@@ -93,6 +93,7 @@ class EightSchools(Entry):
 
     Options = EightSchoolsOptions
     options: EightSchoolsOptions
+    reduced_dim: ClassVar[int] = 2
     example_columns = 2
     site_dims: ClassVar[dict[str, tuple[str, ...]]] = {"theta": ("school",), "eta": ("school",)}
 

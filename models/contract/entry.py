@@ -308,7 +308,15 @@ class SupportsCAVI(Protocol):
 
 @runtime_checkable
 class HasReducedJoint(Protocol):
-    """An entry whose evidence is an integral over at most three dimensions once the rest is integrated out."""
+    """An entry whose evidence is an integral over at most three dimensions once the rest is integrated out.
+
+    Attributes
+    ----------
+    reduced_dim : int
+        Number K of the dimensions that are left.
+    """
+
+    reduced_dim: int
 
     def reduced_log_joint(self, x: Tensor, u: Tensor) -> Tensor:
         """Log density in nats, (G,), of x and the remaining latents at unconstrained points ``u`` (G, K)."""
@@ -367,7 +375,9 @@ def supports_cubature(entry: Entry, x: Tensor | None = None) -> bool:
     if isinstance(entry, HasReducedJoint):
         return True
     sites = entry.latent_sites(x)
-    return all(not s.is_local and not s.is_discrete for s in sites) and sum(s.dim for s in sites) <= CUBATURE_DIM
+    if any(site.is_local or site.support.is_discrete for site in sites):
+        return False
+    return sum(site.real_dim for site in sites) <= CUBATURE_DIM
 
 
 def capabilities(entry: Entry) -> list[str]:

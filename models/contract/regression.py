@@ -54,13 +54,13 @@ class RegressionEntry(Entry):
     def template(self, n: int) -> Tensor:
         """Rows (n, D) with standard normal covariates, and zeros for the target."""
         rows = torch.randn(n, self.columns, dtype=self.dtype)
-        rows[:, self.options.target] = 0
+        rows[:, self._target] = 0
         return rows
 
     def complete(self, template: Tensor, observed: Tensor) -> Tensor:
         """Put the simulated targets (n,) into their column."""
         rows = template.clone()
-        rows[:, self.options.target] = observed
+        rows[:, self._target] = observed
         return rows
 
     def constant_data(self, x: Tensor) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class RegressionEntry(Entry):
 
     def response(self, x: Tensor) -> Tensor:
         """Return the target y (N,)."""
-        return x[:, self.options.target]
+        return x[:, self._target]
 
     def prior_scale(self, x: Tensor) -> Tensor:
         """Return the prior standard deviations of the coefficients, (P,), in the dtype of ``x``."""
@@ -91,6 +91,9 @@ class RegressionEntry(Entry):
         return (torch.atleast_2d(coefficients) @ self.design(x).mT).squeeze(-2)
 
     @property
+    def _target(self) -> int:
+        return int(self.options.target) % self.columns
+
+    @property
     def _covariates(self) -> list[int]:
-        target = self.options.target % self.columns
-        return [position for position in range(self.columns) if position != target]
+        return [position for position in range(self.columns) if position != self._target]

@@ -11,7 +11,7 @@ import pyro.settings
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
 
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.errors import InvalidInput
@@ -68,6 +68,11 @@ class LatentSite:
     def dim(self) -> int:
         """Number of scalars in one draw."""
         return self.event_shape.numel()
+
+    @property
+    def real_dim(self) -> int:
+        """Number of real numbers that one draw of a continuous site is made from."""
+        return torch.Size(biject_to(self.support).inverse_shape(self.event_shape)).numel()
 
 
 def latent_sites(program: Callable[[Batch], Any], batch: Batch) -> list[LatentSite]:

@@ -70,15 +70,16 @@ def test_a_wrong_guide_density_is_caught() -> None:
     fit = ez.fit("ppca", x, method="closed-form")
 
     class Wrong(type(fit.guide)):  # type: ignore[misc]
-        def distributions(self, batch: Batch):  # type: ignore[no-untyped-def]
-            (q,) = super().distributions(batch).values()
+        def posterior(self, batch: Batch):  # type: ignore[no-untyped-def]
+            joint = super().posterior(batch)
+            q = joint.conditionals["z"]
 
             class Off(type(q)):  # type: ignore[misc]
                 def log_prob(self, value: torch.Tensor) -> torch.Tensor:
                     return super().log_prob(value) - 1.0
 
             q.__class__ = Off
-            return {"z": q}
+            return joint
 
     fit.guide.__class__ = Wrong
     with pytest.raises(NumericalFailure, match="exceeds log p"):
