@@ -56,7 +56,8 @@ GLOSSARY = {
     "quadrature": "The evidence is a numerical integral over few dimensions. Its error, in the column "
     "log_evidence_se, is estimated and small, but it is not a formula.",
     "estimate": "The evidence is estimated by importance sampling, from draws of q or, where one latent serves all "
-    "rows, by annealing from the prior. In expectation it lies below the truth, so gaps to it are too small rather than too large; the standard error covers chance only, not this bias.",
+    "rows, by annealing from the prior. In expectation it lies below the truth, so gaps to it are too small rather "
+    "than too large; the standard error covers chance only, not this bias.",
     "ELBO": "E_q[log p(x, z) − log q(z)], a lower bound of log p(x), evaluated once more at the end from fresh draws, "
     "always for the plain bound.",
     "objective": "What the method maximised, averaged over its last hundred steps (for EM, its iterations). It is not "
