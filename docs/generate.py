@@ -164,7 +164,7 @@ def _methods() -> str:
         ["`em`", "expectation maximisation, in closed form where the entry has it, otherwise with Monte Carlo draws"],
         ["`closed-form`", "the global maximum of the likelihood, where it is known; the exact posterior without θ"],
         ["`cavi`", "coordinate ascent on a mean-field q, each factor set in turn to its optimum"],
-        ["`nuts`", "the reference posterior of global latents: Pyro's NUTS, several chains, r-hat, ESS and divergences"],
+        ["`nuts`", "the reference posterior of global latents: Pyro's NUTS, with r-hat, ESS and divergences"],
         ["a guide's name", "stochastic variational inference with this guide"],
     ]
     examples = {name: get_entry(name).example() for name in entry_names()}

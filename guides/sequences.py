@@ -104,7 +104,7 @@ class SequenceGuide(Guide):
 
     def distributions(self, batch: Batch) -> dict[str, Distribution]:
         """q of the whole path: batch shape (B,); padded steps count for nothing."""
-        steps: dist.TorchDistribution = self.steps(batch)  # type: ignore[assignment]
+        steps: dist.TorchDistribution = self.steps(batch)
         return {self.site: steps.mask(steps_mask(batch.x)).to_event(1)}
 
     def means(self, batch: Batch) -> Tensor:

@@ -30,13 +30,13 @@ def best_path_member(entry: Entry, guide: SequenceGuide, x: Tensor, options: Gui
         best = SequenceGuide(f"free-{guide.family}", guide.family, "free", entry.latent_sites(x), x, options)
     if isinstance(entry, HasExpectedLogJoint) and isinstance(entry, HasPosterior):
         with torch.no_grad():
-            starts = [entry.posterior(x).probs, guide.steps(Batch.full(x)).probs]  # type: ignore[union-attr, attr-defined]
+            starts = [entry.posterior(x).probs, guide.steps(Batch.full(x)).probs]  # type: ignore[attr-defined]
         ends = [coordinate_ascent(entry, x, start) for start in starts]
         return _better(entry, best, x, ends)
     if not isinstance(entry, HasPosterior):
         return None
     with torch.no_grad():
-        closest = best.step_family.closest(entry.posterior(x).factorised())  # type: ignore[union-attr]
+        closest = best.step_family.closest(entry.posterior(x).factorised())
     return None if closest is None else BestMember(_with_values(best, closest), True, "closed form")
 
 

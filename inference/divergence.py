@@ -40,9 +40,10 @@ def kl_to_posterior(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Diverge
         if not guide.is_local:
             return _by_draws(guide, posterior, batch)
         exact = isinstance(guide, ExactGuide)
-        q = guide.posterior(batch) if exact else Joint(guide.distributions(batch))  # type: ignore[attr-defined]
+        q = guide.posterior(batch) if exact else Joint(guide.distributions(batch))
         if len(q.conditionals) == 1:
             ((mine, truth),) = zip(q.conditionals.values(), posterior.conditionals.values(), strict=True)
+            assert isinstance(mine, Distribution) and isinstance(truth, Distribution)
             try:
                 return Divergence(float(_closed_form(mine, truth).sum()), 0.0)
             except NotImplementedError:
