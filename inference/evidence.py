@@ -32,11 +32,7 @@ CHUNK_ROWS = 65_536
 QUADRATURE_TOLERANCE = 1e-5  # nats per datum
 STARTS = 1000  # draws of the prior about which cubature looks for the mass
 UNKNOWN_SCALE = 10.0  # standard deviation of points to start from where there is no prior to draw from
-MOST_CHAINS, FEWEST_CHAINS, CHAIN_ROWS = (
-    256,
-    64,
-    2**17,
-)  # chains of the annealing; fewer where rows times chains are many
+MOST_CHAINS, FEWEST_CHAINS, CHAIN_ROWS = 256, 64, 2**17  # of the annealing; fewer where rows times chains are many
 HARD_ROW, HARD_ROW_NODES = 1e-4, 2**18  # rows whose error is above this, nats, are integrated again with more nodes
 
 
