@@ -35,7 +35,8 @@ def by_pyro() -> float:
     entry, guide = _pair()
     with pyro.get_param_store().scope():
         pyro.set_rng_seed(0)
-        svi = pyro.infer.SVI(entry, guide, pyro.optim.Adam({"lr": OPTIONS.learning_rate}), OBJECTIVES["elbo"].build(1))
+        optimizer = pyro.optim.Adam({"lr": OPTIONS.learning_rate})
+        svi = pyro.infer.SVI(entry, guide, optimizer, OBJECTIVES["elbo"].build(1, guide))
         return [svi.step(Batch.full(X)) for _ in range(STEPS)][-1]
 
 

@@ -25,6 +25,17 @@ class GuideOptions(Options):
     hidden: int = Field(64, ge=1, description="width of the encoder's hidden layers")
     layers: int = Field(1, ge=1, description="number of the encoder's hidden layers")
     rank: int | None = Field(None, ge=1, description="rank of a low-rank covariance; the root of the dimension if none")
+    flow: Literal["auto", "affine-autoregressive", "spline-coupling"] = Field(
+        "auto", description="flow of a local latent; auto takes the first, and splines for one dimension"
+    )
+    flow_layers: int = Field(2, ge=1, description="number of layers of the flow of a local latent")
+    refinements: int = Field(5, ge=0, description="gradient steps of a semi-amortized guide from its encoder's q")
+    refinement_rate: float = Field(
+        0.5, gt=0, le=1, description="length at which those steps start, as a share of a natural gradient"
+    )
+    refinement_gradient: Literal["first-order", "full"] = Field(
+        "first-order", description="whether the encoder's gradient looks past those steps or passes through them"
+    )
     initial_scale: float | None = Field(
         None,
         gt=0,
@@ -48,7 +59,7 @@ class Guide(PyroModule):
     family : str
         Family of the distribution, or ``"posterior"`` for the exact one.
     source : str
-        Where its parameters come from: shared, free, amortized, exact, or global.
+        Where its parameters come from: shared, free, amortized, semi-amortized, exact, or global.
     is_discrete : bool
         Whether every latent takes finitely many values, so that expectations under q are sums.
     has_discrete : bool

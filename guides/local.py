@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution
 
 from elbozoo.guides.base import DRAWS, Guide, GuideOptions, mean_of
+from elbozoo.guides.bound import Parameters
 from elbozoo.guides.families import FAMILIES, Family
+from elbozoo.guides.refinement import Refinement
 from elbozoo.guides.sources import SOURCES
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, joint_posterior
@@ -32,22 +34,42 @@ class LocalGuide(Guide):
         The data set, for the number of rows and the encoder's standardisation.
     options : GuideOptions
         Options.
+    entry : Entry, optional
+        The model, which the steps of the source ``semi-amortized`` follow.
     """
 
     def __init__(
-        self, name: str, family: str, source: str, sites: list[LatentSite], x: Tensor, options: GuideOptions
+        self,
+        name: str,
+        family: str,
+        source: str,
+        sites: list[LatentSite],
+        x: Tensor,
+        options: GuideOptions,
+        entry: Entry | None = None,
     ) -> None:
         discrete = [site.is_discrete for site in sites]
         super().__init__(name, family, source, is_discrete=all(discrete), has_discrete=any(discrete))
         self.families = {site.name: family_of(site, family)(site, options) for site in sites}
+        # The dict above is typed; this registers what the members of a family share.
+        self.networks = nn.ModuleDict(self.families).to(x.dtype)
         self.sources = nn.ModuleDict(
             {site: SOURCES[source](member.initial().to(x.dtype), x, options) for site, member in self.families.items()}
         )
+        if source == "semi-amortized":
+            assert entry is not None
+            # No module, so that the model's parameters are not registered a second time as the guide's.
+            self.refinement = Refinement(entry, self.families, options)
+
+    def parameters_of(self, batch: Batch) -> Parameters:
+        """Parameters (B, P) of q of each site."""
+        found = {site: source(batch) for site, source in self.sources.items()}
+        return self.refinement(batch, found) if self.source == "semi-amortized" else found
 
     def distributions(self, batch: Batch) -> dict[str, Distribution]:
         """q of each site: batch shape (B,)."""
-        sources = self.sources
-        return {site: family.distribution(sources[site](batch)) for site, family in self.families.items()}
+        parameters = self.parameters_of(batch)
+        return {site: family.distribution(parameters[site]) for site, family in self.families.items()}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sample each latent site inside the data plate."""
@@ -75,7 +97,7 @@ class ExactGuide(Guide):
             raise ValueError(
                 f"the exact posterior of a global latent needs all {batch.total} rows, found {len(batch.x)}"
             )
-        return joint_posterior(self._entry[0], batch.x, self._sites)  # type: ignore[arg-type]
+        return joint_posterior(self._entry[0], batch.x, self._sites)
 
     def distributions(self, batch: Batch) -> dict[str, Distribution]:
         """p(z given x) of each site; one of several is that of its site given no other, where that is one."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from elbozoo.guides.autoguides import AUTOGUIDES, GlobalGuide
 from elbozoo.guides.base import Guide, GuideOptions
+from elbozoo.guides.bound import refusal_of_sum
 from elbozoo.guides.families import FAMILIES
 from elbozoo.guides.local import ExactGuide, LocalGuide
 from elbozoo.guides.sequences import STEP_SOURCES, SequenceGuide
@@ -30,7 +31,7 @@ class GuideCard(NamedTuple):
 
 LOCAL_NAMES = {f"{source}-{family}": (family, source) for source in SOURCES for family in FAMILIES}
 GLOBAL_NAMES = list(AUTOGUIDES)
-ALIASES = ("mean-field", "amortized", "shared", "free", "full-rank", "low-rank")
+ALIASES = ("mean-field", "amortized", "semi-amortized", "shared", "free", "full-rank", "low-rank")
 ALL_NAMES = sorted({*LOCAL_NAMES, *GLOBAL_NAMES, *ALIASES, "exact"})
 
 
@@ -98,7 +99,7 @@ def build_guide(name: str, entry: Entry, x: Tensor, options: GuideOptions | None
         family, source = LOCAL_NAMES[canonical]
         if isinstance(entry, SequenceEntry):
             return SequenceGuide(canonical, family, source, sites, x, options)
-        return LocalGuide(canonical, family, source, sites, x, options)
+        return LocalGuide(canonical, family, source, sites, x, options, entry)
     return GlobalGuide(canonical, entry, x, options, summed_out=[site.name for site in sites if site.is_local])
 
 
@@ -123,8 +124,10 @@ def _local_refusal(entry: Entry, sites: list[LatentSite], family: str, source: s
             return f"the latent {site.name!r} is one for the whole data set, so there is no q per datum to be {source}"
     if isinstance(entry, SequenceEntry) and source not in STEP_SOURCES:
         return f"a datum is a sequence, and sequences of different lengths have no {source} q"
-    if isinstance(entry, SequenceEntry) and family == "low-rank-normal":
+    if isinstance(entry, SequenceEntry) and family in ("low-rank-normal", "flow"):
         return "q is independent across time, and a step has few dimensions, which full-rank-normal serves"
+    if source == "semi-amortized" and (reason := refusal_of_sum([site.name for site in sites if site.is_discrete])):
+        return reason
     # A program with both kinds of latents has a family for the continuous ones and a categorical for the others.
     fitting = [site for site in sites if FAMILIES[family].refusal(site) is None]
     refused = [site for site in sites if site not in fitting]

@@ -60,7 +60,19 @@ class Amortized(nn.Module):
         return result
 
 
-SOURCES: dict[str, type[nn.Module]] = {"shared": Shared, "free": Free, "amortized": Amortized}
+class SemiAmortized(Amortized):
+    """An encoder, then a few gradient steps on the ELBO of each datum, which follow the model at its present θ.
+
+    This is the encoder; the steps are those of :class:`~elbozoo.guides.refinement.Refinement`, for all sites at once.
+    """
+
+
+SOURCES: dict[str, type[nn.Module]] = {
+    "shared": Shared,
+    "free": Free,
+    "amortized": Amortized,
+    "semi-amortized": SemiAmortized,
+}
 
 
 def refuse_other_rows(batch: Batch, expected: int, what: str) -> None:

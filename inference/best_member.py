@@ -4,11 +4,20 @@ In closed form where the posterior is normal or categorical; otherwise by natura
 2023, section 1.3), a Newton method for normal families: with f = log p(x, z), the precision moves towards
 -E[∇²f] and the mean along its inverse times E[∇f]. The Hessian is taken from gradients by Stein's lemma,
 E[∇²f] = Σ⁻¹ E[(z - m) ∇fᵀ], which holds for decoders with kinks too.
+
+A finite latent c beside the real one, independent of it under q, is maximised out. Given q(z) the best q(c) is
+proportional to exp E[log p(x, c, z)] (Bishop 2006, equation 10.9), and the ELBO there is
+
+    log Σ_c exp E[log p(x, c, z)] + entropy of q(z),
+
+whose derivatives are those of E[Σ_c q(c) log p(x, c, z)] at that q(c). So each step is one of coordinate ascent:
+q(c) at its optimum, then a natural-gradient step of q(z), which for a normal posterior given c is its optimum too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +37,7 @@ from elbozoo.models.contract.entry import Entry, HasPosterior
 from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.contract.sites import LatentSite
 
+SEARCHED = ("diagonal-normal", "full-rank-normal", "low-rank-normal")
 GAIN = 1e-4
 ITERATIONS = 100
 SETTLED = 1e-6
@@ -49,44 +59,100 @@ class BestMember(NamedTuple):
 
 
 def best_member(
-    entry: Entry, family: str, x: Tensor, options: GuideOptions, start: Distribution | None = None
+    entry: Entry, family: str, x: Tensor, options: GuideOptions, start: Mapping[str, Distribution] | None = None
 ) -> BestMember | None:
     """Return the free guide of ``family`` with the largest ELBO for the rows ``x`` (N, D) at the entry's θ.
 
-    Where the maximum is searched, the search begins narrowly at the likeliest of many prior draws and, if
-    given, once more at ``start`` (batch shape (N,)); the better end of the two is kept for each row.
+    Where the maximum is searched, the search begins narrowly at the likeliest of many prior draws, for each value
+    of the finite latent if there is one, and, if given, once more at ``start``, the q of each site (batch shape
+    (N,)). The best end is kept for each row: a local maximum where there are several, so that it bounds the best
+    one from below, and never below ``start`` for a family that natural gradients search.
 
-    Returns None for a family that has no bound (``delta``), and where there is no search: for more than one
-    latent site, or a support other than the real vectors.
+    Without a closed form, returns None for families other than normal ones, and for programs other than those of one
+    latent over the real vectors and at most one more, that takes finitely many values.
     """
     sites = entry.latent_sites()
-    if len(sites) != 1 or family not in FAMILIES or family == "delta":
+    if family not in FAMILIES:
         return None
-    with isolated(0):
-        guide = LocalGuide(f"free-{family}", family, "free", sites, x, options)
-    if isinstance(entry, HasPosterior):
+    if len(sites) == 1 and isinstance(entry, HasPosterior):
+        guide = _free_guide(family, sites, x, options)
         with torch.no_grad():
             closest = guide.families[sites[0].name].closest(entry.posterior(x))
         if closest is not None:
-            return BestMember(_with_values(guide, closest), True, "closed form")
-    if not sites[0].is_real:
+            return BestMember(_with_values(guide, {sites[0].name: closest}), True, "closed form")
+    density = _Density.of(entry, sites)
+    if density is None or family not in SEARCHED:
         return None
-    search = _Search(entry, sites[0], x, diagonal=family != "full-rank-normal")
-    normal, converged = search.run([search.likeliest(), *([_normals(start)] if start is not None else [])])
-    member = guide.families[sites[0].name]
+    return _searched(density, _free_guide(family, sites, x, options), x, start)
+
+
+def _searched(density: _Density, guide: LocalGuide, x: Tensor, start: Mapping[str, Distribution] | None) -> BestMember:
+    search = _Search(density, x, diagonal=guide.family != "full-rank-normal")
+    starts = [*search.likeliest(), *([_normals(start[density.real.name])] if start is not None else [])]
+    normal, converged = search.run(starts)
+    member = guide.families[density.real.name]
     if isinstance(member, LowRankNormal):
+        method = "Adam"
         values, converged = search.refine(member, member.near_diagonal(normal))
-        return BestMember(_with_values(guide, values), converged, "Adam")
-    closest = member.closest(normal)
-    assert closest is not None
-    return BestMember(_with_values(guide, closest), converged, "natural gradient")
+    else:
+        method = "natural gradient"
+        closest = member.closest(normal)
+        assert closest is not None
+        values = closest
+    found = {density.real.name: values}
+    if density.finite is not None:
+        found[density.finite.name] = search.best_logits(_normals(member.distribution(values)))
+    return BestMember(_with_values(guide, found), converged, method)
 
 
-def _with_values(guide: LocalGuide, values: Tensor) -> LocalGuide:
-    (source,) = guide.sources.values()
+def _free_guide(family: str, sites: list[LatentSite], x: Tensor, options: GuideOptions) -> LocalGuide:
+    with isolated(0):
+        return LocalGuide(f"free-{family}", family, "free", sites, x, options)
+
+
+def _with_values(guide: LocalGuide, values: Mapping[str, Tensor]) -> LocalGuide:
     with torch.no_grad():
-        source.values.copy_(values)  # type: ignore[operator]
+        for site, of_site in values.items():
+            guide.sources[site].values.copy_(of_site)  # type: ignore[operator]
     return guide
+
+
+class _Density(NamedTuple):
+    """Log p(x, c, z) as a function of one real latent z, at every value c of a finite one where there is one."""
+
+    entry: Entry
+    real: LatentSite
+    finite: LatentSite | None
+
+    @classmethod
+    def of(cls, entry: Entry, sites: list[LatentSite]) -> _Density | None:
+        """Return the density of a program with these latent ``sites``, or None where they are others."""
+        real = [site for site in sites if site.is_real]
+        finite = [site for site in sites if site.is_enumerable]
+        if len(real) != 1 or len(finite) > 1 or len(sites) > len(real) + len(finite):
+            return None
+        return cls(entry, real[0], finite[0] if finite else None)
+
+    @property
+    def values(self) -> int:
+        """Number C of values of the finite latent; 1 where there is none."""
+        return (self.finite.cardinality if self.finite else None) or 1
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """Log p(x, c, z), (C, S, B), nats, of rows ``x`` (B, D) at S points ``z`` (S, B, dim) for each row."""
+        points, rows, _ = z.shape
+        latents = {self.real.name: z.repeat(self.values, 1, 1).reshape(-1, rows, *self.real.event_shape)}
+        if self.finite is not None:
+            # One column for all rows, so that what the program looks up by c is not copied for each.
+            latents[self.finite.name] = torch.arange(self.values).repeat_interleave(points)[:, None]
+        with isolated(0):
+            return log_joint(self.entry, Batch.full(x), latents).reshape(self.values, points, rows)
+
+    def prior_draws(self, x: Tensor) -> Tensor:
+        """Draws of the real latent from the prior, (PRIOR_DRAWS, B, dim)."""
+        with pyro.plate("particles", PRIOR_DRAWS, dim=PARTICLE_DIM):
+            node = poutine.trace(self.entry).get_trace(Batch.full(x)).nodes[self.real.name]
+        return node["value"].expand(PRIOR_DRAWS, len(x), *self.real.event_shape).reshape(PRIOR_DRAWS, len(x), -1)
 
 
 class _Normals(NamedTuple):
@@ -130,28 +196,32 @@ class _State(NamedTuple):
 
 
 class _Search:
-    def __init__(self, entry: Entry, site: LatentSite, x: Tensor, *, diagonal: bool) -> None:
-        self.entry, self.site, self.x, self.diagonal = entry, site, x, diagonal
-        nodes, weights = gaussian_nodes(site.dim)
+    def __init__(self, density: _Density, x: Tensor, *, diagonal: bool) -> None:
+        self.density, self.x, self.diagonal = density, x, diagonal
+        nodes, weights = gaussian_nodes(density.real.dim)
         self.nodes, self.weights = nodes.to(x.dtype), weights.to(x.dtype)
 
-    def likeliest(self) -> _Normals:
-        """Return narrow normals at the draw of the prior with the largest log p(x, z), for each row.
+    def likeliest(self) -> list[_Normals]:
+        """Return narrow normals at the draw of the prior with the largest log p(x, c, z), for each row: one per c.
 
         From a q as wide as the prior, a sharp posterior shows neither its place nor its curvature.
         """
-        batch = Batch.full(self.x)
         with isolated(0), torch.no_grad():
-            with pyro.plate("particles", PRIOR_DRAWS, dim=PARTICLE_DIM):
-                node = poutine.trace(self.entry).get_trace(batch).nodes[self.site.name]
-            draws = node["value"].expand(PRIOR_DRAWS, len(self.x), *self.site.event_shape)
-            rows = max(1, CHUNK_ELEMENTS // (PRIOR_DRAWS * self.x.shape[1]))
-            spans = [slice(i, i + rows) for i in range(0, len(self.x), rows)]
-            parts = [log_joint(self.entry, Batch.full(self.x[s]), {self.site.name: draws[:, s]}) for s in spans]
-        best = torch.cat(parts, -1).argmax(0)
-        mean = draws[best, torch.arange(len(self.x))].reshape(len(self.x), self.site.dim)
-        spread = NARROW * draws.reshape(-1, self.site.dim).std(0)
-        return _Normals(mean, torch.diag(spread**-2).expand(len(self.x), -1, -1).clone())
+            parts = [self._likeliest_rows(self.x[s]) for s in self._spans(len(self.x), PRIOR_DRAWS)]
+        mean, precision = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+        return [_Normals(*start) for start in zip(mean, precision, strict=True)]
+
+    def _likeliest_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        draws = self.density.prior_draws(x)
+        best = self.density.log_joint(x, draws).argmax(1)
+        mean = draws[best, torch.arange(len(x))]
+        spread = NARROW * draws.flatten(0, 1).std(0)
+        return mean, torch.diag(spread**-2).expand(*mean.shape[:2], -1, -1)
+
+    def _spans(self, rows: int, points: int) -> Iterator[slice]:
+        """Yield spans of rows that bound the memory of evaluations at so many points of each."""
+        chunk = max(1, CHUNK_ELEMENTS // (self.density.values * points * self.x.shape[1]))
+        return (slice(i, i + chunk) for i in range(0, rows, chunk))
 
     def run(self, starts: list[_Normals]) -> tuple[torch.distributions.MultivariateNormal, bool]:
         ends = [self._ascend(start) for start in starts]
@@ -180,7 +250,7 @@ class _Search:
         return best, value, len(rows) == 0 or gain < GAIN
 
     def _iterate(self, state: _State, rows: Tensor) -> tuple[_State, Tensor, Tensor]:
-        proposal, valid = _step(state)
+        proposal, valid = _step(state, diagonal=self.diagonal)
         evaluated = _State(proposal, *self._evaluate(proposal, rows), state.rate)
         better = valid & (evaluated.value > state.value)
         gains = torch.where(better, evaluated.value - state.value, torch.zeros_like(state.value))
@@ -190,56 +260,71 @@ class _Search:
         return evaluated.where(better, state)._replace(rate=rate), gains, settled
 
     def refine(self, family: Family, values: Tensor) -> tuple[Tensor, bool]:
-        """Ascend from ``values`` (N, P) by Adam on fixed nodes, lowering the step size at each standstill."""
+        """Ascend from ``values`` (N, P) by Adam on fixed nodes, lowering the step size at each standstill.
+
+        Returns the best values that each row has met.
+        """
         values = values.detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([values], lr=ADAM_RATE)
-        best, standstills = -math.inf, 0
+        best, best_value, standstills = values.detach().clone(), self.x.new_full((len(self.x),), -math.inf), 0
         for _ in range(ADAM_BLOCKS):
+            before = float(best_value.sum())
             for _ in range(ADAM_BLOCK):
                 optimizer.zero_grad()
-                loss = -self._objective(_vectors(family.distribution(values)))
-                loss.backward()
+                value = self._value_and_gradient(family, values)
+                better = value > best_value
+                best = torch.where(better[:, None], values.detach(), best)
+                best_value = torch.where(better, value, best_value)
                 optimizer.step()
-            objective = -float(loss.detach())
-            if objective - best < GAIN * len(self.x):
+            if float(best_value.sum()) - before < GAIN * len(self.x):
                 standstills += 1
                 optimizer.param_groups[0]["lr"] *= 0.2
-            best = max(best, objective)
             if standstills == PATIENCE:
-                return values.detach(), True
-        return values.detach(), False
+                return best, True
+        return best, False
 
-    def _objective(self, q: Distribution) -> Tensor:
-        z = q.mean + torch.einsum("nij,sj->sni", q.scale_tril, self.nodes)  # type: ignore[attr-defined]
-        with isolated(0):
-            shaped = z.reshape(*z.shape[:2], *self.site.event_shape)
-            log_density = log_joint(self.entry, Batch.full(self.x), {self.site.name: shaped})
-        return (self.weights @ log_density + q.entropy()).sum()
+    def _value_and_gradient(self, family: Family, values: Tensor) -> Tensor:
+        """Return the ELBO of each row and leave the gradient of minus their sum in ``values``."""
+        parts = []
+        for s in self._spans(len(values), len(self.nodes)):
+            q = _vectors(family.distribution(values[s]))
+            points = self._points(q.mean, q.scale_tril)  # type: ignore[attr-defined]
+            value = self._expected(self.x[s], points).logsumexp(0) + q.entropy()
+            (-value.sum()).backward()
+            parts.append(value.detach())
+        return torch.cat(parts)
+
+    def best_logits(self, q: _Normals) -> Tensor:
+        """Log probabilities (N, C) of the finite latent's best q given ``q`` over the real one."""
+        with torch.no_grad():
+            points = self._points(q.mean, q.scale_tril())
+            spans = self._spans(len(self.x), len(self.nodes))
+            expected = torch.cat([self._expected(self.x[s], points[:, s]) for s in spans], 1)
+        return expected.log_softmax(0).mT
+
+    def _points(self, mean: Tensor, scale_tril: Tensor) -> Tensor:
+        """Nodes (S, B, dim) of the normals with ``mean`` (B, dim) and ``scale_tril`` (B, dim, dim)."""
+        return mean + torch.einsum("nij,sj->sni", scale_tril, self.nodes)
+
+    def _expected(self, x: Tensor, z: Tensor) -> Tensor:
+        """E[log p(x, c, z)] of each value c and row, (C, B), nats, over the nodes ``z`` (S, B, dim)."""
+        return torch.einsum("s,csn->cn", self.weights, self.density.log_joint(x, z))
 
     def _evaluate(self, q: _Normals, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        chunk = max(1, CHUNK_ELEMENTS // (len(self.nodes) * self.x.shape[1]))
         x = self.x[rows]
-        spans = [slice(i, i + chunk) for i in range(0, len(x), chunk)]
+        spans = self._spans(len(x), len(self.nodes))
         parts = [self._evaluate_rows(x[s], _Normals(q.mean[s], q.precision[s])) for s in spans]
         value, slope, curvature = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        if self.diagonal:
-            curvature = torch.diag_embed(curvature.diagonal(dim1=-2, dim2=-1))
         return value, slope, -curvature
 
     def _evaluate_rows(self, x: Tensor, q: _Normals) -> tuple[Tensor, Tensor, Tensor]:
         scale_tril = q.scale_tril()
-        offsets = torch.einsum("nij,sj->sni", scale_tril, self.nodes)
-        z = (q.mean + offsets).detach().requires_grad_()
-        shaped = z.reshape(*z.shape[:2], *self.site.event_shape)
-        with isolated(0):
-            log_density = log_joint(self.entry, Batch.full(x), {self.site.name: shaped})
-        (slopes,) = torch.autograd.grad(log_density.sum(), z)
-        entropy = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * self.site.dim * (
-            1 + math.log(2 * math.pi)
-        )
-        slope = torch.einsum("s,sni->ni", self.weights, slopes)
-        curvature = q.precision @ torch.einsum("s,sni,snj->nij", self.weights, offsets, slopes)
-        return self.weights @ log_density.detach() + entropy, slope, (curvature + curvature.mT) / 2
+        z = self._points(q.mean, scale_tril).detach().requires_grad_()
+        bound = self._expected(x, z).logsumexp(0)
+        (weighted_slopes,) = torch.autograd.grad(bound.sum(), z)
+        entropy = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * z.shape[-1] * (1 + math.log(2 * math.pi))
+        curvature = q.precision @ torch.einsum("sni,snj->nij", z.detach() - q.mean, weighted_slopes)
+        return bound.detach() + entropy, weighted_slopes.sum(0), (curvature + curvature.mT) / 2
 
 
 def _vectors(q: Distribution) -> Distribution:
@@ -254,14 +339,17 @@ def _normals(q: Distribution) -> _Normals:
     return _Normals(q.mean.detach(), precision.detach())
 
 
-def _step(state: _State) -> tuple[_Normals, Tensor]:
+def _step(state: _State, *, diagonal: bool) -> tuple[_Normals, Tensor]:
     now, rate = state.normals, state.rate
-    precision = now.precision + rate[:, None, None] * (state.target - now.precision)
-    factor, failed = torch.linalg.cholesky_ex(precision)
+    metric = now.precision + rate[:, None, None] * (state.target - now.precision)
+    factor, failed = torch.linalg.cholesky_ex(metric)
     # Where the curvature is not that of a maximum, keep the old precision and follow the slope alone.
-    precision = torch.where((failed > 0)[:, None, None], now.precision, precision)
+    metric = torch.where((failed > 0)[:, None, None], now.precision, metric)
     factor = torch.where((failed > 0)[:, None, None], torch.linalg.cholesky(now.precision), factor)
     move = torch.cholesky_solve(state.slope[..., None], factor)[..., 0]
+    # A diagonal normal moves by the whole curvature too: by its diagonal alone, correlated numbers would wait for
+    # one another.
+    precision = torch.diag_embed(metric.diagonal(dim1=-2, dim2=-1)) if diagonal else metric
     return _Normals(now.mean + rate[:, None] * move, precision), torch.isfinite(move).all(-1)
 
 

@@ -9,7 +9,7 @@ from torch.distributions import Categorical
 from elbozoo.guides.base import GuideOptions
 from elbozoo.guides.sequences import FreeSteps, SequenceGuide
 from elbozoo.inference.best_member import BestMember
-from elbozoo.inference.objectives import expected_elbo
+from elbozoo.inference.losses import expected_elbo
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, HasExpectedLogJoint, HasPosterior
 from elbozoo.models.contract.isolation import isolated

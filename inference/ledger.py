@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
+from elbozoo.guides.local import LocalGuide
 from elbozoo.guides.sequences import SequenceGuide
+from elbozoo.inference.best_flow import best_flow
 from elbozoo.inference.best_member import BestMember, best_member
 from elbozoo.inference.best_path import best_path_member
 from elbozoo.inference.diagnostics import k_hat
 from elbozoo.inference.divergence import kl_to_posterior
 from elbozoo.inference.evidence import PARTICLES, Evidence, estimate_evidence, log_evidence
-from elbozoo.inference.objectives import expected_elbo
+from elbozoo.inference.losses import expected_elbo
 from elbozoo.inference.weights import Weights, importance_weights
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, HasExpectedLogJoint
 from elbozoo.models.contract.errors import NumericalFailure
+from elbozoo.models.contract.isolation import isolated
 
 BOUND_Z = 6.0
 ROUNDING = 1e-9
@@ -182,8 +185,11 @@ def _approximation_gap(
 def _best(entry: Entry, guide: Guide, x: Tensor, options: GuideOptions) -> BestMember | None:
     if isinstance(guide, SequenceGuide):
         return best_path_member(entry, guide, x, options)
-    members = list(guide.distributions(Batch.full(x)).values())
-    return best_member(entry, guide.family, x, options, start=members[0]) if len(members) == 1 else None
+    if guide.family == "flow" and isinstance(guide, LocalGuide):
+        return best_flow(entry, guide, x, options)
+    with isolated(0), torch.no_grad():
+        members = guide.distributions(Batch.full(x))
+    return best_member(entry, guide.family, x, options, start=members)
 
 
 def _without_bound(evidence: Evidence | None, best_known: float, rows: int) -> Ledger:

@@ -23,7 +23,7 @@ from elbozoo.inference.fit import Fit
 from elbozoo.inference.monte_carlo_em import MonteCarloEMOptions, run_monte_carlo_em
 from elbozoo.inference.nuts import NUTSOptions, run_nuts
 from elbozoo.inference.objectives import resolve_objective
-from elbozoo.inference.svi import TrainingOptions, run_svi
+from elbozoo.inference.svi import TrainingOptions, check_training, run_svi
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import (
@@ -252,13 +252,14 @@ def _check_names(options: Mapping[str, Any], entry_options: type[Options]) -> No
 def _check_objective(plan: Plan) -> None:
     with isolated(0):
         guide = build_guide(plan.method, plan.entry, plan.x.to(plan.entry.dtype), plan.schema(GuideOptions))
-    resolve_objective(plan.schema(TrainingOptions).objective, guide)
+    options = plan.schema(TrainingOptions)
+    check_training(resolve_objective(options.objective, guide, options), guide, options, len(plan.x))
 
 
 def _run_guide(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
     options = plan.schema(TrainingOptions)
     guide = build_guide(plan.method, entry, x, plan.schema(GuideOptions))
-    objective = resolve_objective(options.objective, guide)
+    objective = resolve_objective(options.objective, guide, options)
     batch = Batch.full(x)
     before = time.perf_counter()
     result = run_svi(entry, guide, objective, batch, options, progress=progress)

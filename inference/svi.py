@@ -15,14 +15,15 @@ from torch import nn
 
 from elbozoo.guides.base import Guide
 from elbozoo.inference.convergence import PlateauMonitor
-from elbozoo.inference.objectives import Objective
+from elbozoo.inference.losses import OwnELBO
+from elbozoo.inference.objectives import WEIGHED_PARTICLES, Objective, ObjectiveOptions
 from elbozoo.inference.progress import progress_bar
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.collapse import collapsed
 from elbozoo.models.contract.entry import Entry, HasOracle
-from elbozoo.models.contract.errors import NumericalFailure
-from elbozoo.models.contract.options import Field, Options
+from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
+from elbozoo.models.contract.options import Field
 
 FULL_BATCH_ROWS = 4096
 MANY_PARTICLES, MANY_CELLS = 10, 20_000  # draws per step; cells of a batch above which one draw has to do
@@ -32,19 +33,13 @@ WINDOW = 100
 DECAY = 0.3
 
 
-class TrainingOptions(Options):
+class TrainingOptions(ObjectiveOptions):
     """Options of stochastic variational inference."""
 
-    objective: str = Field(
-        "auto", description="elbo, elbo-analytic, elbo-enumerated; auto enumerates a discrete latent"
-    )
     steps: int = Field(10_000, ge=1, description="most gradient steps")
     batch_size: int | None = Field(None, ge=1, description="rows in a minibatch; none chooses by the data's size")
     learning_rate: float = Field(0.01, gt=0, description="Adam's step size at the start")
     schedule: Literal["plateau", "cosine", "constant"] = Field("plateau", description="how the step size falls")
-    particles: int | None = Field(
-        None, ge=1, description="draws of z per step; none takes 10 on small data, where they cost little, else 1"
-    )
     clip_norm: float | None = Field(
         None, gt=0, description="largest norm of the gradient per datum; none does not clip"
     )
@@ -64,12 +59,20 @@ class Step(Protocol):
 
 
 class PyroStep:
-    """Pyro's differentiable ELBO and PyTorch's Adam."""
+    """Pyro's differentiable ELBO, or one of ours, and PyTorch's Adam.
+
+    Attributes
+    ----------
+    count : int
+        Number of steps taken, which a scheduled objective depends on.
+    """
 
     def __init__(
         self, entry: Entry, guide: Guide, objective: Objective, particles: int, options: TrainingOptions
     ) -> None:
-        self.loss = objective.build(particles, guide)(collapsed(entry, guide.summed_out), guide)
+        self.elbo = objective.build(particles, guide, options)
+        self.loss = self.elbo(collapsed(entry, guide.summed_out), guide)
+        self.count = 0
         self.parameters = unique_parameters(entry, guide)
         self.clip_norm = options.clip_norm
         self.learning_rate = options.learning_rate
@@ -77,6 +80,8 @@ class PyroStep:
 
     def __call__(self, batch: Batch) -> float:
         """Take one step; where the loss is not finite, leave the parameters as they are for a look at them."""
+        if isinstance(self.elbo, OwnELBO):
+            self.elbo.step = self.count
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(batch)
         value = float(loss.detach())
@@ -86,6 +91,7 @@ class PyroStep:
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm * batch.total)
         self.optimizer.step()
+        self.count += 1
         return value
 
     def scale_learning_rate(self, factor: float) -> None:
@@ -118,16 +124,18 @@ def run_svi(
 
     Raises
     ------
+    InvalidInput
+        For options that the objective, the guide and the data do not allow together.
     NumericalFailure
         When the objective is no longer finite: with the step, the site and what to try.
     """
-    trajectory = Trajectory(objective.name.startswith("elbo") and guide.is_bound, _oracle(entry, batch))
+    check_training(objective, guide, options, batch.total)
+    trajectory = Trajectory(objective.is_elbo and guide.is_bound, _oracle(entry, batch))
     if not unique_parameters(entry, guide):
         return SVIResult(trajectory, converged=True, interrupted=False)
-    particles = options.particles or (1 if guide.is_discrete or batch.x.numel() > MANY_CELLS else MANY_PARTICLES)
-    step = make_step(entry, guide, objective, particles, options)
-    size = _batch_size(batch, guide, options)
-    schedule = _Schedule(options, epoch=batch.total // size)
+    step = make_step(entry, guide, objective, _particles(objective, guide, batch, options), options)
+    size = _batch_size(objective, guide, batch, options)
+    schedule = _Schedule(options, epoch=batch.total // size, moving=objective.moving_steps(options))
     rows = entry.count(batch.x)
     try:
         with (
@@ -152,21 +160,46 @@ def run_svi(
     raise AssertionError("minibatches never end")
 
 
+def check_training(objective: Objective, guide: Guide, options: TrainingOptions, rows: int) -> None:
+    """Refuse options that ``objective``, ``guide`` and a number of ``rows`` do not allow together.
+
+    Raises
+    ------
+    InvalidInput
+        With what was found, what was expected and why.
+    """
+    objective.check(guide, options)
+    moving = objective.moving_steps(options)
+    if moving > options.steps:
+        raise InvalidInput(
+            f"option kl_steps: found {moving} with steps={options.steps}, expected at most {options.steps}: β would "
+            "not come to rest"
+        )
+    if _needs_all_rows(objective, guide) and (options.batch_size or rows) < rows:
+        raise InvalidInput(
+            f"option batch_size: found {options.batch_size} with objective {objective.name!r} and a latent of the "
+            f"whole data set, expected all {rows} rows: the log of a mean of weights is no sum over rows, and from "
+            "some of them its estimate may exceed log p(x); use objective=elbo"
+        )
+
+
 def unique_parameters(*modules: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of ``modules`` that are optimised, each once."""
     return list({id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values())
 
 
 class _Schedule:
-    def __init__(self, options: TrainingOptions, epoch: int) -> None:
+    def __init__(self, options: TrainingOptions, epoch: int, moving: int) -> None:
         self.options = options
+        self.moving = moving
         whole = epoch if epoch <= WINDOW // 4 else 1
         self.monitor = PlateauMonitor(options.tolerance, window=math.ceil(WINDOW / whole) * whole, epoch=whole)
         self.plateaus = 0
 
     def is_done(self, step: Step, objective: float, count: int) -> bool:
         """Take the objective per datum; lower the step size when it is time, and say when to stop."""
-        flat = self.monitor.update(objective)
+        # While the objective itself moves, its values say nothing about progress.
+        flat = count >= self.moving and self.monitor.update(objective)
         if self.options.schedule == "cosine":
             step.scale_learning_rate(0.5 * (1 + math.cos(math.pi * count / self.options.steps)))
             return False
@@ -178,12 +211,27 @@ class _Schedule:
         return self.plateaus > PLATEAUS
 
 
-def _batch_size(batch: Batch, guide: Guide, options: TrainingOptions) -> int:
+def _particles(objective: Objective, guide: Guide, batch: Batch, options: TrainingOptions) -> int:
+    if options.particles is not None:
+        return options.particles
+    if objective.is_weighed:
+        return WEIGHED_PARTICLES
+    many = batch.x.numel() <= MANY_CELLS and (not guide.is_discrete or options.gradient == "score")
+    return MANY_PARTICLES if many else 1
+
+
+def _needs_all_rows(objective: Objective, guide: Guide) -> bool:
+    return objective.is_weighed and not guide.is_local
+
+
+def _batch_size(objective: Objective, guide: Guide, batch: Batch, options: TrainingOptions) -> int:
+    if _needs_all_rows(objective, guide):
+        return batch.total
     if options.batch_size is not None:
         return min(options.batch_size, batch.total)
     if batch.x.ndim > 2:  # sequences, of which there are few
         return min(MINIBATCH_ROWS, batch.total)
-    is_network = batch.x.dtype == torch.float32 and guide.source == "amortized"
+    is_network = batch.x.dtype == torch.float32 and guide.source in ("amortized", "semi-amortized")
     if is_network or batch.total > FULL_BATCH_ROWS:
         return min(MINIBATCH_ROWS if is_network else FULL_BATCH_ROWS, batch.total)
     return batch.total

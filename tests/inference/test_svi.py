@@ -14,6 +14,7 @@ from pyro.nn import PyroModule
 import elbozoo as ez
 from elbozoo.guides import build_guide
 from elbozoo.inference.convergence import PlateauMonitor
+from elbozoo.inference.losses import BetaELBO
 from elbozoo.inference.objectives import OBJECTIVES, resolve_objective
 from elbozoo.inference.svi import PyroStep, TrainingOptions, run_svi
 from elbozoo.models import Batch, get_entry
@@ -139,6 +140,30 @@ def test_clipping_and_schedules_move_the_parameters_less() -> None:
     assert step.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
     cosine = ez.fit("ppca", "iris", schedule="cosine", steps=50)
     assert cosine.converged and len(cosine.trajectory) == 50
+
+
+def test_a_moving_beta_is_told_the_step_and_stops_no_fit() -> None:
+    """β is that of the step taken; plateaus are looked for once it rests, which they otherwise are from the start."""
+    seen: list[float] = []
+
+    class Recording(PyroStep):
+        def __call__(self, batch: Batch) -> float:
+            loss = super().__call__(batch)
+            assert isinstance(self.elbo, BetaELBO)
+            seen.append(self.elbo.weighting.at(self.elbo.step))
+            return loss
+
+    lengths = []
+    for schedule in ("annealed", "constant"):
+        entry, q, batch = pair("ppca", "mean-field")
+        # A tolerance that calls every window flat.
+        options = TrainingOptions(tolerance=1e9, kl_schedule=schedule, kl_steps=150, kl_weight=3.0)
+        with isolated(0):
+            run = run_svi(entry, q, OBJECTIVES["beta"], batch, options, progress=False, make_step=Recording)
+        lengths.append(len(run.trajectory.rows))
+    assert seen[:150] == pytest.approx([3.0 * step / 150 for step in range(150)])
+    assert set(seen[150:]) == {3.0}
+    assert lengths[0] == lengths[1] + 150
 
 
 def test_convergence_is_said_only_where_it_was_seen() -> None:
