@@ -45,7 +45,7 @@ def kl_to_posterior(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Diverge
             ((mine, truth),) = zip(q.conditionals.values(), posterior.conditionals.values(), strict=True)
             assert isinstance(mine, Distribution) and isinstance(truth, Distribution)
             try:
-                return Divergence(float(_closed_form(mine, truth).sum()), 0.0)
+                return Divergence(float(closed_form_kl(mine, truth).sum()), 0.0)
             except NotImplementedError:
                 pass
         return _by_draws_of_rows(q, posterior)
@@ -74,7 +74,8 @@ def _by_draws_of_rows(q: Joint, posterior: Joint) -> Divergence:
     return Divergence(float(difference.mean(0).sum()), float((difference.var(0) / PARTICLES).sum().sqrt()))
 
 
-def _closed_form(q: Distribution, posterior: Distribution) -> Tensor:
+def closed_form_kl(q: Distribution, posterior: Distribution) -> Tensor:
+    """KL(q ‖ posterior) of each row in nats; raises ``NotImplementedError`` where no closed form is known."""
     if isinstance(q, Categorical) and isinstance(posterior, Categorical):
         # PyTorch says infinity where a posterior probability underflows, although its logarithm is still finite.
         terms = q.probs * (q.logits - posterior.logits)

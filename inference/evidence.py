@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro import poutine
@@ -57,6 +57,18 @@ class Evidence(NamedTuple):
     standard_error: float
     kind: Literal["exact", "quadrature", "estimate"]
     per_datum: Tensor | None
+
+    def __repr__(self) -> str:
+        return summarised(self)
+
+
+def summarised(record: Any) -> str:
+    """Return the repr of a named tuple in which tensors are told by their shapes, so that it is read at a glance."""
+    fields = [
+        f"{name}=<tensor {tuple(value.shape)}>" if isinstance(value, Tensor) else f"{name}={value!r}"
+        for name, value in zip(record._fields, record, strict=True)
+    ]
+    return f"{type(record).__name__}({', '.join(fields)})"
 
 
 def log_evidence(entry: Entry, x: Tensor) -> Evidence | None:

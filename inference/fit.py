@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
+from elbozoo.inference.anatomy import Anatomy, anatomy
+from elbozoo.inference.estimators import EvidenceEstimate, Latents, estimate_log_evidence
 from elbozoo.inference.evidence import PARTICLES, Evidence, evidence_or_estimate
 from elbozoo.inference.evidence import log_evidence as known_evidence
 from elbozoo.inference.inferencedata import inference_data
@@ -123,12 +125,40 @@ class Fit:
             return math.nan
         return elbo_of(self.entry, self.guide, rows, self._weights(rows))[0]
 
-    def log_evidence(self, x: Any = None) -> Evidence | None:
+    def log_evidence(
+        self, x: Any = None, *, estimator: str | None = None, latents: Latents | None = None, **options: Any
+    ) -> Evidence | EvidenceEstimate | None:
         """Return log p(x) of the rows ``x`` (N, D), or of the data of the fit, with its error and its kind.
 
         None where there is no oracle, no quadrature and no q with a density to draw from.
+
+        Parameters
+        ----------
+        x : array-like (N, D), optional
+            Other data than those of the fit.
+        estimator : str, optional
+            ``prior``, ``importance``, ``iwae``, ``annealed``, ``bidirectional`` or ``quadrature``, instead of the best
+            that the model has; see :func:`~elbozoo.inference.estimators.estimate_log_evidence`.
+        latents : Tensor or dict of Tensor, optional
+            The latents that the rows were simulated from, which ``bidirectional`` needs.
+        **options
+            Options of the estimator, such as ``draws=`` or ``temperatures=``.
         """
+        if estimator is not None:
+            return estimate_log_evidence(
+                self.entry,
+                self._rows(x),
+                estimator,
+                guide=self.guide,
+                latents=latents,
+                seed=self._stream,
+                **options,
+            )
         return evidence_or_estimate(self.entry, self.guide, self._rows(x), self._stream)
+
+    def anatomy(self, x: Any = None, **options: Any) -> Anatomy:
+        """Return rate, distortion and what the rate pays for; see :func:`~elbozoo.inference.anatomy.anatomy`."""
+        return anatomy(self.entry, self.guide, self._rows(x), seed=self._stream, **options)
 
     def known_evidence(self) -> Evidence | None:
         """Return log p(x) of the data of the fit as far as it depends on the model alone, not on q."""
