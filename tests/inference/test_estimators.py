@@ -347,3 +347,20 @@ def test_weights_that_are_all_zero_are_a_clear_failure(name: str) -> None:
     x = torch.tensor([[0.0], [100.0]], dtype=torch.float64)
     with pytest.raises(NumericalFailure, match=r"row 2 are zero|cannot start: the log joint is -inf"):
         estimate_log_evidence(entry, x, name, draws=20)
+
+
+def test_a_fit_answers_by_any_estimator_and_shows_the_anatomy_of_its_bound() -> None:
+    """Within five standard errors and the shortfall of the truth; rate + distortion = −ELBO within six errors."""
+    fit = ez.fit("ppca", "iris", guide="mean-field", steps=200)
+    truth = fit.log_evidence()
+    assert truth is not None and truth.kind == "exact"
+    found = fit.log_evidence(estimator="importance", draws=2000)
+    assert isinstance(found, EvidenceEstimate) and found.estimator == "importance"
+    assert abs(found.value - truth.value) <= 5 * found.standard_error + found.shortfall
+    assert abs(found.value - truth.value - 20) > 5 * found.standard_error + found.shortfall
+    with pytest.raises(InvalidInput, match="unknown estimator 'importence'; did you mean 'importance'"):
+        fit.log_evidence(estimator="importence")
+    parts = fit.anatomy()
+    error = math.hypot(parts.elbo_se, fit.full_ledger().elbo_se)
+    assert abs(parts.rate.total + parts.distortion.total + fit.elbo()) <= 6 * error
+    assert abs(parts.rate.total + parts.distortion.total + fit.elbo() + 20) > 6 * error
