@@ -35,6 +35,9 @@ from elbozoo.plots import number
 ROWS = 200
 SEEDS = 2
 STEPS = 1000
+# A step of a sequence model runs over time, which takes as much longer.
+SEQUENCE_ROWS, SEQUENCE_STEPS = 60, 300
+EM_SETTINGS = {"iterations": 200, "restarts": 3}
 DRAWS = 4000
 
 Run = Mapping[str, Any]
@@ -111,13 +114,26 @@ class Subject:
     @property
     def settings(self) -> dict[str, Any]:
         """Options with which the page runs in under a minute."""
-        return {"steps": STEPS, "learning_rate": self._learning_rate(), "schedule": "cosine"}
+        steps = min(STEPS, SEQUENCE_STEPS) if isinstance(self.entry, SequenceEntry) else STEPS
+        return {"steps": steps, "learning_rate": self._learning_rate(), "schedule": "cosine"}
+
+    @property
+    def rows(self) -> int:
+        """Rows of the page's data."""
+        return min(ROWS, SEQUENCE_ROWS) if isinstance(self.entry, SequenceEntry) else ROWS
+
+    @property
+    def em_settings(self) -> dict[str, int]:
+        """Options with which EM, if the page compares it, ends in time."""
+        if "em" not in self.methods:
+            return {}
+        return EM_SETTINGS if isinstance(self.entry, SupportsEM) else {"iterations": STEPS // 10}
 
     def _learning_rate(self) -> float:
         """Return the step size that gets far in so few steps: small for networks, large for a single q."""
         site = self.entry.latent_sites()[0]
         if isinstance(self.entry, SequenceEntry):
-            return 0.05
+            return 0.1
         if self.entry.dtype == torch.float32:
             return 0.02
         if not site.is_local:
@@ -199,13 +215,13 @@ import torch
 import elbozoo as ez
 
 plt.style.use("tableau-colorblind10")
-data = ez.load_data("simulate:{s.model}", rows={ROWS}, seed=0)
+data = ez.load_data("simulate:{s.model}", rows={s.rows}, seed=0)
 print(data.description)
 """
     return [
         Text("## Data\n\nThe rows are drawn from the model itself: only the inference can go wrong."),
         Code(load),
-        Code(_picture_of(s.entry), alt=f"The {ROWS} simulated rows"),
+        Code(_picture_of(s.entry), alt=f"The {s.rows} simulated rows"),
     ]
 
 
@@ -460,11 +476,10 @@ def _moments_text(run: Run) -> str:
 
 
 def _comparison(s: Subject) -> list[Text | Code]:
-    is_monte_carlo = "em" in s.methods and not isinstance(s.entry, SupportsEM)
-    iterations = f", iterations={STEPS // 10}" if is_monte_carlo else ""
+    of_em = "".join(f", {name}={value}" for name, value in s.em_settings.items())
     compare = f"""
 methods = {json.dumps(s.methods)}
-comparison = ez.compare("{s.model}", data, methods=methods, seeds={SEEDS}{iterations}, **settings)
+comparison = ez.compare("{s.model}", data, methods=methods, seeds={SEEDS}{of_em}, **settings)
 comparison.summary.T.round(3)
 """
     return [

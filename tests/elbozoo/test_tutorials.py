@@ -34,7 +34,8 @@ PNG = b"\x89PNG\r\n"
 def short_runs() -> Iterator[None]:
     """A page in a second: what it says is another matter, that it says what was computed is tested."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"ROWS": 30, "SEEDS": 1, "STEPS": 40, "DRAWS": 50}.items():
+        short = {"ROWS": 30, "SEEDS": 1, "STEPS": 40, "DRAWS": 50, "EM_SETTINGS": {"iterations": 5, "restarts": 1}}
+        for name, value in short.items():
             patch.setattr(tutorials, name, value)
         yield
 

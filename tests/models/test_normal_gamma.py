@@ -337,7 +337,7 @@ def test_mean_field_guide_reaches_its_known_gap() -> None:
     ledger = fit.full_ledger()
     assert least - 1e-9 <= of(fit) <= least + 0.005
     assert abs(ledger.gap - of(fit)) <= 6 * ledger.elbo_se
-    untrained = ez.fit("normal-gamma", x, guide="mean-field", steps=1, **OPTIONS)
+    untrained = ez.fit("normal-gamma", x, guide="mean-field", steps=1, initial_scale=0.1, **OPTIONS)
     assert of(untrained) > least + 0.005
     assert abs(untrained.full_ledger().gap - of(fit)) > 6 * ledger.elbo_se
 
