@@ -20,6 +20,7 @@ import torch
 
 from elbozoo.guides.autoguides import AUTOGUIDES
 from elbozoo.guides.families import FAMILIES
+from elbozoo.guides.hierarchical import BottomUpGuide
 from elbozoo.guides.registry import GuideCard, guide_cards, guide_names, resolve_guide
 from elbozoo.guides.sources import SOURCES
 from elbozoo.inference.comparison import Comparison
@@ -55,14 +56,14 @@ def write_tutorial(model: str, path: str | Path, *, guide: str | None = None) ->
     path : path
         Page to write, ending in ``.md`` or ``.ipynb``; nothing is written before the run has ended.
     guide : str, optional
-        Guide that the page is about; ``"mean-field"`` by default.
+        Guide that the page is about; ``"mean-field"`` by default, ``"exact"`` where there is no latent.
 
     Raises
     ------
     InvalidInput
         For an unknown model, a guide that is unknown or does not fit, or a path that cannot be written; before the run.
     """
-    page, subject = Path(path), Subject.of(model, guide or "mean-field")
+    page, subject = Path(path), Subject.of(model, guide)
     check_destination(page)
     return write_page(execute(tutorial_cells(subject)), page)
 
@@ -90,7 +91,7 @@ class Subject:
     methods: list[str]
 
     @classmethod
-    def of(cls, model: str, guide: str) -> Subject:
+    def of(cls, model: str, guide: str | None) -> Subject:
         """Look up both.
 
         Raises
@@ -99,6 +100,7 @@ class Subject:
             For an unknown model, or a guide that is unknown or does not fit.
         """
         entry = get_entry(model).example()
+        guide = guide or ("mean-field" if entry.latent_sites() else "exact")
         canonical = resolve_guide(guide, entry)
         (card,) = [card for card in guide_cards(entry) if card.name == canonical]
         methods = default_methods(entry)
@@ -131,11 +133,11 @@ class Subject:
 
     def _learning_rate(self) -> float:
         """Return the step size that gets far in so few steps: small for networks, large for a single q."""
-        site = self.entry.latent_sites()[0]
         if isinstance(self.entry, SequenceEntry):
             return 0.1
         if self.entry.dtype == torch.float32:
             return 0.02
+        site = self.entry.latent_sites()[0]
         if not site.is_local:
             return 0.2
         return 0.1 if site.is_discrete else 0.05
@@ -185,6 +187,8 @@ def _guide_texts(s: Subject) -> list[str]:
             f"guide {name} from the program:",
             code_block(inspect.getsource(AUTOGUIDES[s.card.name]).strip().rstrip(","), "python"),
         ]
+    if name == f"`{BottomUpGuide.NAME}`":
+        return [f"The guide {name} is not a product of one family: {_summary_of(BottomUpGuide)}"]
     return [
         f"The guide {name} is a family fed by a source. The family, `{family}`, decides how close q can come to the "
         f"posterior at best: that is the approximation gap. The source, `{source}`, decides where the q of each datum "
@@ -356,6 +360,8 @@ def _posterior(s: Subject) -> list[Text | Code]:
     if not isinstance(s.entry, HasPosterior):
         return []
     sites = s.entry.latent_sites()
+    if not sites:
+        return []
     if not sites[0].is_local:
         source, text = _DENSITIES, _densities_text
     elif len(sites) > 1:

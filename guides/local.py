@@ -83,9 +83,10 @@ class ExactGuide(Guide):
     """
 
     def __init__(self, entry: Entry, sites: list[LatentSite]) -> None:
-        source = "exact" if sites[0].is_local else "global"
+        source = "exact" if all(site.is_local for site in sites) else "global"
         enumerable = [site.is_enumerable for site in sites]
-        super().__init__("exact", "posterior", source, is_discrete=all(enumerable), has_discrete=any(enumerable))
+        super().__init__("exact", "posterior", source, is_discrete=all(enumerable))
+        self.has_discrete = any(enumerable)  # without any latent nothing is drawn, and nothing enumerated
         # In a tuple, so that the model's parameters are not registered a second time as the guide's.
         self._entry = (entry,)
         self._sites = sites
@@ -109,6 +110,8 @@ class ExactGuide(Guide):
     def means(self, batch: Batch) -> Tensor:
         """Mean of the posterior of each row; by draws where its sites depend on one another."""
         posterior = self.posterior(batch)
+        if not self._sites:
+            return batch.x.new_zeros(len(batch.x), 0)
         if self.is_path:
             (path,) = self.distributions(batch).values()
             return mean_of(path).reshape(*batch.x.shape[:2], -1)

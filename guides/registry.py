@@ -11,6 +11,7 @@ from elbozoo.guides.autoguides import AUTOGUIDES, GlobalGuide
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.guides.bound import refusal_of_sum
 from elbozoo.guides.families import FAMILIES
+from elbozoo.guides.hierarchical import BottomUpGuide
 from elbozoo.guides.local import ExactGuide, LocalGuide
 from elbozoo.guides.sequences import STEP_SOURCES, SequenceGuide
 from elbozoo.guides.sources import SOURCES
@@ -32,7 +33,8 @@ class GuideCard(NamedTuple):
 LOCAL_NAMES = {f"{source}-{family}": (family, source) for source in SOURCES for family in FAMILIES}
 GLOBAL_NAMES = list(AUTOGUIDES)
 ALIASES = ("mean-field", "amortized", "semi-amortized", "shared", "free", "full-rank", "low-rank")
-ALL_NAMES = sorted({*LOCAL_NAMES, *GLOBAL_NAMES, *ALIASES, "exact"})
+NO_LATENT = "it has no latent, so there is nothing for a q to say"
+ALL_NAMES = sorted({*LOCAL_NAMES, *GLOBAL_NAMES, *ALIASES, BottomUpGuide.NAME, "exact"})
 
 
 def guide_cards(entry: Entry, sites: list[LatentSite] | None = None) -> list[GuideCard]:
@@ -43,6 +45,8 @@ def guide_cards(entry: Entry, sites: list[LatentSite] | None = None) -> list[Gui
         for name, (family, source) in LOCAL_NAMES.items()
     ]
     cards += [GuideCard(name, name, "global", _global_refusal(sites, name)) for name in GLOBAL_NAMES]
+    upward = BottomUpGuide.NAME
+    cards.append(GuideCard(upward, upward, "amortized", NO_LATENT if not sites else BottomUpGuide.refusal(sites)))
     return [*cards, GuideCard("exact", "posterior", "exact", _exact_refusal(entry))]
 
 
@@ -95,6 +99,8 @@ def build_guide(name: str, entry: Entry, x: Tensor, options: GuideOptions | None
     canonical = resolve_guide(name, entry, sites)
     if canonical == "exact":
         return ExactGuide(entry, sites)
+    if canonical == BottomUpGuide.NAME:
+        return BottomUpGuide(sites, x, options)
     if canonical in LOCAL_NAMES:
         family, source = LOCAL_NAMES[canonical]
         if isinstance(entry, SequenceEntry):
@@ -119,6 +125,8 @@ def _has_global(sites: list[LatentSite]) -> bool:
 
 
 def _local_refusal(entry: Entry, sites: list[LatentSite], family: str, source: str) -> str | None:
+    if not sites:
+        return NO_LATENT
     for site in sites:
         if not site.is_local:
             return f"the latent {site.name!r} is one for the whole data set, so there is no q per datum to be {source}"
@@ -137,6 +145,8 @@ def _local_refusal(entry: Entry, sites: list[LatentSite], family: str, source: s
 
 
 def _global_refusal(sites: list[LatentSite], name: str) -> str | None:
+    if not sites:
+        return NO_LATENT
     for site in sites:
         if site.is_local and not (site.is_enumerable and _has_global(sites)):
             instead = name if name in FAMILIES else "diagonal-normal"

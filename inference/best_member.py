@@ -17,7 +17,7 @@ q(c) at its optimum, then a natural-gradient step of q(z), which for a normal po
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,8 +68,9 @@ def best_member(
     (N,)). The best end is kept for each row: a local maximum where there are several, so that it bounds the best
     one from below, and never below ``start`` for a family that natural gradients search.
 
-    Without a closed form, returns None for families other than normal ones, and for programs other than those of one
-    latent over the real vectors and at most one more, that takes finitely many values.
+    Without a closed form, returns None for families other than normal ones, and for programs other than those of
+    latents over the real vectors, independent of one another under q, and at most one more, that takes finitely many
+    values.
     """
     sites = entry.latent_sites()
     if family not in FAMILIES:
@@ -88,21 +89,29 @@ def best_member(
 
 def _searched(density: _Density, guide: LocalGuide, x: Tensor, start: Mapping[str, Distribution] | None) -> BestMember:
     search = _Search(density, x, diagonal=guide.family != "full-rank-normal")
-    starts = [*search.likeliest(), *([_normals(start[density.real.name])] if start is not None else [])]
-    normal, converged = search.run(starts)
-    member = guide.families[density.real.name]
-    if isinstance(member, LowRankNormal):
+    given = [] if start is None else [_side_by_side([_normals(start[site.name]) for site in density.real])]
+    joint, converged = search.run([*search.likeliest(), *given])
+    members = [guide.families[site.name] for site in density.real]
+    normals = density.by_site(joint)
+    values: Sequence[Tensor]
+    if guide.family == LowRankNormal.name:
         method = "Adam"
-        values, converged = search.refine(member, member.near_diagonal(normal))
+        near = [m.near_diagonal(n) for m, n in zip(members, normals, strict=True) if isinstance(m, LowRankNormal)]
+        values, converged = search.refine(members, near)
     else:
         method = "natural gradient"
-        closest = member.closest(normal)
-        assert closest is not None
-        values = closest
-    found = {density.real.name: values}
+        values = [_closest(member, normal) for member, normal in zip(members, normals, strict=True)]
+    found = {site.name: of_site for site, of_site in zip(density.real, values, strict=True)}
     if density.finite is not None:
-        found[density.finite.name] = search.best_logits(_normals(member.distribution(values)))
+        best = [_normals(member.distribution(of_site)) for member, of_site in zip(members, values, strict=True)]
+        found[density.finite.name] = search.best_logits(_side_by_side(best))
     return BestMember(_with_values(guide, found), converged, method)
+
+
+def _closest(member: Family, normal: Distribution) -> Tensor:
+    closest = member.closest(normal)
+    assert closest is not None
+    return closest
 
 
 def _free_guide(family: str, sites: list[LatentSite], x: Tensor, options: GuideOptions) -> LocalGuide:
@@ -118,20 +127,38 @@ def _with_values(guide: LocalGuide, values: Mapping[str, Tensor]) -> LocalGuide:
 
 
 class _Density(NamedTuple):
-    """Log p(x, c, z) as a function of one real latent z, at every value c of a finite one where there is one."""
+    """Log p(x, c, z) as a function of the real latents z, at every value c of a finite one where there is one.
+
+    Where there are several real latents, they lie side by side in z, in the order in which the program draws them.
+    """
 
     entry: Entry
-    real: LatentSite
+    real: tuple[LatentSite, ...]
     finite: LatentSite | None
 
     @classmethod
     def of(cls, entry: Entry, sites: list[LatentSite]) -> _Density | None:
         """Return the density of a program with these latent ``sites``, or None where they are others."""
-        real = [site for site in sites if site.is_real]
+        real = tuple(site for site in sites if site.is_real)
         finite = [site for site in sites if site.is_enumerable]
-        if len(real) != 1 or len(finite) > 1 or len(sites) > len(real) + len(finite):
+        if not real or len(finite) > 1 or len(sites) > len(real) + len(finite):
             return None
-        return cls(entry, real[0], finite[0] if finite else None)
+        return cls(entry, real, finite[0] if finite else None)
+
+    @property
+    def dims(self) -> list[int]:
+        """Numbers of dimensions of the real latents."""
+        return [site.dim for site in self.real]
+
+    def by_site(self, joint: torch.distributions.MultivariateNormal) -> list[torch.distributions.MultivariateNormal]:
+        """Return the normals of the real latents, which are independent of one another under ``joint``."""
+        stops = np.cumsum(self.dims)
+        parts = [slice(stop - dim, stop) for stop, dim in zip(stops, self.dims, strict=True)]
+        mean, precision = joint.mean, joint.precision_matrix
+        return [
+            torch.distributions.MultivariateNormal(mean[:, part], precision_matrix=precision[:, part, part])
+            for part in parts
+        ]
 
     @property
     def values(self) -> int:
@@ -141,7 +168,10 @@ class _Density(NamedTuple):
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """Log p(x, c, z), (C, S, B), nats, of rows ``x`` (B, D) at S points ``z`` (S, B, dim) for each row."""
         points, rows, _ = z.shape
-        latents = {self.real.name: z.repeat(self.values, 1, 1).reshape(-1, rows, *self.real.event_shape)}
+        parts = z.repeat(self.values, 1, 1).split(self.dims, -1)
+        latents = {
+            site.name: part.reshape(-1, rows, *site.event_shape) for site, part in zip(self.real, parts, strict=True)
+        }
         if self.finite is not None:
             # One column for all rows, so that what the program looks up by c is not copied for each.
             latents[self.finite.name] = torch.arange(self.values).repeat_interleave(points)[:, None]
@@ -149,10 +179,11 @@ class _Density(NamedTuple):
             return log_joint(self.entry, Batch.full(x), latents).reshape(self.values, points, rows)
 
     def prior_draws(self, x: Tensor) -> Tensor:
-        """Draws of the real latent from the prior, (PRIOR_DRAWS, B, dim)."""
+        """Draws of the real latents from the prior, (PRIOR_DRAWS, B, dim)."""
         with pyro.plate("particles", PRIOR_DRAWS, dim=PARTICLE_DIM):
-            node = poutine.trace(self.entry).get_trace(Batch.full(x)).nodes[self.real.name]
-        return node["value"].expand(PRIOR_DRAWS, len(x), *self.real.event_shape).reshape(PRIOR_DRAWS, len(x), -1)
+            nodes = poutine.trace(self.entry).get_trace(Batch.full(x)).nodes
+        draws = [nodes[site.name]["value"].expand(PRIOR_DRAWS, len(x), *site.event_shape) for site in self.real]
+        return torch.cat([draw.reshape(PRIOR_DRAWS, len(x), -1) for draw in draws], -1)
 
 
 class _Normals(NamedTuple):
@@ -197,8 +228,10 @@ class _State(NamedTuple):
 
 class _Search:
     def __init__(self, density: _Density, x: Tensor, *, diagonal: bool) -> None:
-        self.density, self.x, self.diagonal = density, x, diagonal
-        nodes, weights = gaussian_nodes(density.real.dim)
+        self.density, self.x = density, x
+        blocks = [torch.eye(dim) if diagonal else torch.ones(dim, dim) for dim in density.dims]
+        self.free = torch.block_diag(*blocks).to(x.dtype)  # which elements of q's precision may differ from zero
+        nodes, weights = gaussian_nodes(sum(density.dims))
         self.nodes, self.weights = nodes.to(x.dtype), weights.to(x.dtype)
 
     def likeliest(self) -> list[_Normals]:
@@ -250,7 +283,7 @@ class _Search:
         return best, value, len(rows) == 0 or gain < GAIN
 
     def _iterate(self, state: _State, rows: Tensor) -> tuple[_State, Tensor, Tensor]:
-        proposal, valid = _step(state, diagonal=self.diagonal)
+        proposal, valid = _step(state, self.free)
         evaluated = _State(proposal, *self._evaluate(proposal, rows), state.rate)
         better = valid & (evaluated.value > state.value)
         gains = torch.where(better, evaluated.value - state.value, torch.zeros_like(state.value))
@@ -259,19 +292,20 @@ class _Search:
         settled = (better & (gains < SETTLED) & (state.rate > 0.3)) | (rate < LEAST_RATE)
         return evaluated.where(better, state)._replace(rate=rate), gains, settled
 
-    def refine(self, family: Family, values: Tensor) -> tuple[Tensor, bool]:
-        """Ascend from ``values`` (N, P) by Adam on fixed nodes, lowering the step size at each standstill.
+    def refine(self, families: Sequence[Family], starts: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], bool]:
+        """Ascend from ``starts`` (N, P) by Adam on fixed nodes, lowering the step size at each standstill.
 
-        Returns the best values that each row has met.
+        Returns the best values of each real latent that each row has met.
         """
-        values = values.detach().clone().requires_grad_()
+        sizes = [family.size for family in families]
+        values = torch.cat(list(starts), -1).detach().clone().requires_grad_()
         optimizer = torch.optim.Adam([values], lr=ADAM_RATE)
         best, best_value, standstills = values.detach().clone(), self.x.new_full((len(self.x),), -math.inf), 0
         for _ in range(ADAM_BLOCKS):
             before = float(best_value.sum())
             for _ in range(ADAM_BLOCK):
                 optimizer.zero_grad()
-                value = self._value_and_gradient(family, values)
+                value = self._value_and_gradient(families, values)
                 better = value > best_value
                 best = torch.where(better[:, None], values.detach(), best)
                 best_value = torch.where(better, value, best_value)
@@ -280,16 +314,19 @@ class _Search:
                 standstills += 1
                 optimizer.param_groups[0]["lr"] *= 0.2
             if standstills == PATIENCE:
-                return best, True
-        return best, False
+                return best.split(sizes, -1), True
+        return best.split(sizes, -1), False
 
-    def _value_and_gradient(self, family: Family, values: Tensor) -> Tensor:
+    def _value_and_gradient(self, families: Sequence[Family], values: Tensor) -> Tensor:
         """Return the ELBO of each row and leave the gradient of minus their sum in ``values``."""
         parts = []
         for s in self._spans(len(values), len(self.nodes)):
-            q = _vectors(family.distribution(values[s]))
-            points = self._points(q.mean, q.scale_tril)  # type: ignore[attr-defined]
-            value = self._expected(self.x[s], points).logsumexp(0) + q.entropy()
+            of_sites = values[s].split([family.size for family in families], -1)
+            q = [_vectors(family.distribution(each)) for family, each in zip(families, of_sites, strict=True)]
+            scale_tril = _blocks([each.scale_tril for each in q])  # type: ignore[attr-defined]
+            points = self._points(torch.cat([each.mean for each in q], -1), scale_tril)
+            entropy = torch.stack([each.entropy() for each in q]).sum(0)
+            value = self._expected(self.x[s], points).logsumexp(0) + entropy
             (-value.sum()).backward()
             parts.append(value.detach())
         return torch.cat(parts)
@@ -332,6 +369,21 @@ def _vectors(q: Distribution) -> Distribution:
     return q.base_dist if isinstance(q, Reshaped) else q
 
 
+def _blocks(matrices: Sequence[Tensor]) -> Tensor:
+    """Put ``matrices`` (N, K, K) on the diagonal of one, (N, ΣK, ΣK)."""
+    if len(matrices) == 1:
+        return matrices[0]
+    sizes = [matrix.shape[-1] for matrix in matrices]
+    pads = zip(np.cumsum(sizes) - sizes, sizes, matrices, strict=True)
+    wide = [torch.nn.functional.pad(m, (int(before), sum(sizes) - int(before) - size)) for before, size, m in pads]
+    return torch.cat(wide, -2)
+
+
+def _side_by_side(normals: Sequence[_Normals]) -> _Normals:
+    """Return one normal over all numbers, in which the given ones are independent."""
+    return _Normals(torch.cat([n.mean for n in normals], -1), _blocks([n.precision for n in normals]))
+
+
 def _normals(q: Distribution) -> _Normals:
     q = _vectors(q)
     covariance = getattr(q, "covariance_matrix", None)
@@ -339,7 +391,7 @@ def _normals(q: Distribution) -> _Normals:
     return _Normals(q.mean.detach(), precision.detach())
 
 
-def _step(state: _State, *, diagonal: bool) -> tuple[_Normals, Tensor]:
+def _step(state: _State, free: Tensor) -> tuple[_Normals, Tensor]:
     now, rate = state.normals, state.rate
     metric = now.precision + rate[:, None, None] * (state.target - now.precision)
     factor, failed = torch.linalg.cholesky_ex(metric)
@@ -349,8 +401,7 @@ def _step(state: _State, *, diagonal: bool) -> tuple[_Normals, Tensor]:
     move = torch.cholesky_solve(state.slope[..., None], factor)[..., 0]
     # A diagonal normal moves by the whole curvature too: by its diagonal alone, correlated numbers would wait for
     # one another.
-    precision = torch.diag_embed(metric.diagonal(dim1=-2, dim2=-1)) if diagonal else metric
-    return _Normals(now.mean + rate[:, None] * move, precision), torch.isfinite(move).all(-1)
+    return _Normals(now.mean + rate[:, None] * move, metric * free), torch.isfinite(move).all(-1)
 
 
 def gaussian_nodes(dim: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch.distributions import Categorical, Distribution, Independent, Multivar
 from torch.distributions.kl import kl_divergence
 
 from elbozoo.guides.base import Guide
+from elbozoo.guides.hierarchical import BottomUpGuide
 from elbozoo.guides.local import ExactGuide
 from elbozoo.inference.weights import PARTICLE_DIM
 from elbozoo.models.contract.batch import Batch
@@ -40,7 +41,12 @@ def kl_to_posterior(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Diverge
         if not guide.is_local:
             return _by_draws(guide, posterior, batch)
         exact = isinstance(guide, ExactGuide)
-        q = guide.posterior(batch) if exact else Joint(guide.distributions(batch))
+        if isinstance(guide, BottomUpGuide):
+            q = Joint(guide.conditionals(batch))
+        else:
+            q = guide.posterior(batch) if exact else Joint(guide.distributions(batch))
+        if not q.conditionals:
+            return Divergence(0.0, 0.0)
         if len(q.conditionals) == 1:
             ((mine, truth),) = zip(q.conditionals.values(), posterior.conditionals.values(), strict=True)
             assert isinstance(mine, Distribution) and isinstance(truth, Distribution)

@@ -295,7 +295,7 @@ def _iwae(request: _Request) -> EvidenceEstimate:
 def _annealed(request: _Request) -> EvidenceEstimate:
     chains, advice = request.draws(CHAINS), "take more temperatures or more draws"
     with isolated(request.seed):
-        if request.sites[0].is_local:
+        if all(site.is_local for site in request.sites):
             log_weights = torch.cat([_forward(request, part, chains) for part in _parts(request, chains)], -1)
             return _of_weights("annealed", log_weights, advice=advice)
         program = UnconstrainedProgram.of(request.entry, request.x)
@@ -467,6 +467,8 @@ def _refusal_without_q(entry: Entry, sites: list[LatentSite], x: Tensor | None, 
 
 
 def _refusal_of_gradients(entry: Entry, sites: list[LatentSite], x: Tensor | None, guide: Guide | None) -> str | None:
+    if not sites:
+        return "it has no latent, and its likelihood is exact"
     for site in sites:
         if site.support.is_discrete:
             return f"the latent {site.name!r} is discrete, and its chains follow gradients"

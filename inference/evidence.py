@@ -121,7 +121,7 @@ def evidence_or_estimate(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Ev
 
 def _exact(entry: HasOracle, x: Tensor) -> Evidence:
     with torch.no_grad():
-        if entry.latent_sites(x)[0].is_local:  # type: ignore[attr-defined]
+        if all(site.is_local for site in entry.latent_sites(x)):  # type: ignore[attr-defined]
             per_datum = torch.cat([entry.log_evidence(part) for part in x.split(CHUNK_ROWS)])
             return Evidence(float(per_datum.sum()), 0.0, "exact", per_datum)
         return Evidence(float(entry.log_evidence(x)), 0.0, "exact", None)

@@ -64,7 +64,7 @@ def inference_data(entry: Entry, guide: Guide, x: Tensor, draws: int, seed: int)
     with isolated(seed), torch.no_grad():
         values = _draws_of(entry, guide, batch, draws)
         values = {name: value for name, value in values.items() if name not in summed_out}
-        sizes = _chunks(batch, len(next(iter(values.values()))))
+        sizes = _chunks(batch, len(next(iter(values.values()))) if values else draws)
         parts = list(zip(_split(values, sizes), sizes, strict=True))
         posterior = _Runs.joined([_runs(entry, summed_out, batch, part, size) for part, size in parts])
         likelihood = torch.cat([_log_likelihood(entry, summed_out, batch, part, size) for part, size in parts])
@@ -80,11 +80,11 @@ def inference_data(entry: Entry, guide: Guide, x: Tensor, draws: int, seed: int)
         return {name: in_chains(names.blank(name, site.values.numpy()), chains) for name, site in sites.items()}
 
     return arviz.from_dict(
-        posterior=group(posterior.latents, chains),
+        posterior=group(posterior.latents, chains) or None,
         posterior_predictive=group({OBSERVED_SITE: posterior.data}, chains),
         log_likelihood={OBSERVED_SITE: in_chains(likelihood.numpy(), chains)},
         sample_stats={name: each.numpy() for name, each in statistics.items()} or None,
-        prior=group(prior.latents),
+        prior=group(prior.latents) or None,
         prior_predictive=group({OBSERVED_SITE: prior.data}),
         observed_data={OBSERVED_SITE: names.blank(OBSERVED_SITE, _observed(entry, x, posterior))},
         constant_data={name: value.numpy() for name, value in entry.constant_data(x).items()} or None,

@@ -181,7 +181,10 @@ def schemas_of(entry: Entry) -> list[type[Options]]:
 
 def default_methods(entry: Entry) -> list[str]:
     """Return the methods that are compared when none are named."""
-    if any(not site.is_local for site in entry.latent_sites()):
+    sites = entry.latent_sites()
+    if not sites:
+        return ["exact"]
+    if any(not site.is_local for site in sites):
         return ["mean-field", "full-rank", "laplace"]
     return [name for name in ("em", "mean-field", "amortized") if _refusals(entry).get(name) is None]
 
@@ -218,6 +221,8 @@ def _refusals(entry: Entry) -> dict[str, str | None]:
             "it has no E and M step in closed form, and Monte Carlo EM needs one continuous latent per datum "
             "and parameters to learn"
         )
+    if not sites:
+        em = "it has no latent, and its likelihood is exact: fit it with the guide exact"
     if not isinstance(entry, HasClosedForm):
         closed = "no closed form of its maximum is known"
     if not isinstance(entry, SupportsCAVI):

@@ -367,7 +367,7 @@ CAPABILITIES: dict[str, Callable[[Any], bool]] = {
 
 def supports_quadrature(sites: list[LatentSite]) -> bool:
     """Whether the evidence is an integral over at most two real dimensions for each datum."""
-    return all(s.is_local and s.is_real for s in sites) and sum(s.dim for s in sites) <= QUADRATURE_DIM
+    return all(s.is_local and s.is_real for s in sites) and 0 < sum(s.dim for s in sites) <= QUADRATURE_DIM
 
 
 def supports_cubature(entry: Entry, x: Tensor | None = None) -> bool:
@@ -377,7 +377,7 @@ def supports_cubature(entry: Entry, x: Tensor | None = None) -> bool:
     sites = entry.latent_sites(x)
     if any(site.is_local or site.support.is_discrete for site in sites):
         return False
-    return sum(site.real_dim for site in sites) <= CUBATURE_DIM
+    return 0 < sum(site.real_dim for site in sites) <= CUBATURE_DIM
 
 
 def capabilities(entry: Entry) -> list[str]:

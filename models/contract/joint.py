@@ -43,6 +43,8 @@ class Joint:
 
     def log_prob(self, values: Values) -> Tensor:
         """Log density of ``values`` in nats: batch shape of the conditionals, with leading dimensions of the values."""
+        if not self.conditionals:
+            return torch.zeros(())  # no site: the empty product
         terms = [self._given(conditional, values).log_prob(values[name]) for name, conditional in self.items()]
         return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from elbozoo.models.contract.entry import Entry, capabilities
 from elbozoo.models.contract.errors import unknown_name
+from elbozoo.models.contract.sites import LatentSite
 
 PACKAGE = "elbozoo.models"
 FOLDER = Path(__file__).resolve().parent.parent
@@ -66,14 +67,17 @@ def list_models() -> pd.DataFrame:
     for name in entry_names():
         entry = get_entry(name)
         example = entry.example()
-        site = example.latent_sites()[0]
-        scope, kind = ("local" if site.is_local else "global"), ("discrete" if site.is_discrete else "continuous")
+        sites = example.latent_sites()
         rows.append(
             {
                 "model": name,
                 "summary": entry.summary(),
-                "latent": f"{scope} {kind}",
+                "latent": ", ".join(dict.fromkeys(_kind(site) for site in sites)) or "none",
                 "capabilities": ", ".join(capabilities(example)),
             }
         )
     return pd.DataFrame(rows).set_index("model")
+
+
+def _kind(site: LatentSite) -> str:
+    return f"{'local' if site.is_local else 'global'} {'discrete' if site.is_discrete else 'continuous'}"

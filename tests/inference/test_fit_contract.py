@@ -64,7 +64,7 @@ def test_bound_does_not_exceed_the_evidence(name: str, guide: str) -> None:
     draws = weights.elbo().sum(-1)
     elbo, error = float(draws.mean()), float(draws.std() / math.sqrt(len(draws))) if len(draws) > 1 else 0.0
     check_bound(elbo, error, evidence)
-    if not weights.is_enumerated:
+    if len(draws) > 1:
         assert elbo <= float(iwae(weights, 10).sum()) + Z * error + 1e-9
     lowered = evidence._replace(
         value=elbo - Z * (error + evidence.standard_error) - 1e-3 * (1 + abs(elbo)), standard_error=0.0
@@ -82,9 +82,13 @@ def test_ledger_adds_up_and_agrees_with_the_divergence(name: str, guide: str) ->
         assert math.isnan(ledger.elbo) and math.isnan(ledger.gap)
         return
     parts = ledger.elbo + ledger.approximation_gap + ledger.amortization_gap
-    assert parts == pytest.approx(ledger.log_evidence, rel=1e-9)
+    if not math.isnan(ledger.approximation_gap):
+        assert parts == pytest.approx(ledger.log_evidence, rel=1e-9)
     assert ledger.gap >= -Z * math.hypot(ledger.elbo_se, ledger.log_evidence_se) - 1e-6
-    assert ledger.approximation_gap >= -Z * ledger.elbo_se - ledger.log_evidence_se - 1e-4 * ROWS
+    assert (
+        math.isnan(ledger.approximation_gap)
+        or ledger.approximation_gap >= -Z * ledger.elbo_se - ledger.log_evidence_se - 1e-4 * ROWS
+    )
     if math.isnan(ledger.kl):
         return
     error = Z * math.hypot(ledger.elbo_se, ledger.kl_se) + 1e-7 * abs(ledger.log_evidence)
@@ -127,7 +131,9 @@ def test_exact_guide_has_no_gap(name: str) -> None:
     ledger = compute_ledger(entry, q, x, GuideOptions(), seed=0)
     assert abs(ledger.gap) <= 1e-9 * abs(ledger.log_evidence)
     assert abs(ledger.kl) <= 1e-9 * abs(ledger.log_evidence)
-    other = next(g for n, g in every_pair() if n == name and g != "exact" and not g.endswith("delta"))
+    other = next((g for n, g in every_pair() if n == name and g != "exact" and not g.endswith("delta")), None)
+    if other is None:  # no latent, so no other q
+        return
     untrained = compute_ledger(entry, guide_for(entry, other, x), x, GuideOptions(), seed=0)
     assert untrained.gap > 1e-9 * abs(untrained.log_evidence)
 
