@@ -169,7 +169,7 @@ OTHER_PAIRS = (
 
 def pairs() -> Iterator[Any]:
     """Every entry with the default guide, and one pair of each kind that differs from it."""
-    yield from ((model, GUIDE) for model in entry_names())
+    yield from ((model, GUIDE if get_entry(model).example().latent_sites() else "exact") for model in entry_names())
     yield from (pytest.param(model, guide, marks=pytest.mark.slow) for model, guide in OTHER_PAIRS)
 
 

@@ -188,7 +188,7 @@ def test_mean_field_reaches_the_gap_of_the_stick() -> None:
         shifted = locs - np.log(np.arange(CATEGORIES - 1, 0, -1))
         return sum(divergence_of_fraction(m, s, a, b) for m, s, (a, b) in zip(shifted, scales, betas, strict=True))
 
-    fit = ez.fit("dirichlet-categorical", x, guide="mean-field", learning_rate=0.05, steps=600)
+    fit = ez.fit("dirichlet-categorical", x, guide="mean-field", learning_rate=0.05, steps=600, schedule="cosine")
     ledger = fit.full_ledger()
     assert least - 1e-9 <= of(fit) <= least + 0.005
     assert abs(ledger.gap - of(fit)) <= 6 * ledger.elbo_se

@@ -184,7 +184,7 @@ def test_mean_field_reaches_stirlings_remainder() -> None:
         locs, scales = (getattr(fit.guide.auto, name).rate.detach().numpy() for name in ("locs", "scales"))
         return divergence(locs, scales, shape, rate)
 
-    fit = ez.fit("gamma-poisson", FEW, guide="mean-field", learning_rate=0.05, steps=600)
+    fit = ez.fit("gamma-poisson", FEW, guide="mean-field", learning_rate=0.05, steps=600, schedule="cosine")
     ledger = fit.full_ledger()
     assert least - 1e-9 <= of(fit) <= least + 0.005
     assert abs(ledger.gap - of(fit)) <= 6 * ledger.elbo_se

@@ -333,7 +333,7 @@ def test_mean_field_guide_reaches_its_known_gap() -> None:
         )
         return -entropies - log_posterior_of_mean - log_posterior_of_precision
 
-    fit = ez.fit("normal-gamma", x, guide="mean-field", learning_rate=0.05, steps=600, **OPTIONS)
+    fit = ez.fit("normal-gamma", x, guide="mean-field", learning_rate=0.05, steps=600, schedule="cosine", **OPTIONS)
     ledger = fit.full_ledger()
     assert least - 1e-9 <= of(fit) <= least + 0.005
     assert abs(ledger.gap - of(fit)) <= 6 * ledger.elbo_se
