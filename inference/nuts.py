@@ -1,9 +1,10 @@
 r"""The No-U-Turn sampler: draws from the posterior of global latents, as a reference for every other method.
 
 The transitions are Pyro's (:class:`pyro.infer.NUTS`): multinomial sampling along the path (Betancourt 2017) in the
-unconstrained space, with step size and diagonal mass matrix adapted in the warm-up. Finite local latents are summed
-out first. Chains run one after the other, each with a seed of its own, from a random start, or from the entry's own
-``starting_latents`` where the components of a mixture would otherwise have another name in every chain.
+unconstrained space, with step size and mass matrix adapted in the warm-up, which begins with the curvature at the mode
+where there is one. Finite local latents are summed out first. Chains run one after the other, each with a seed of its
+own, from a random start, or from the entry's own ``starting_latents`` where the components of a mixture would
+otherwise have another name in every chain.
 
 Whether the draws can be trusted is read off the chains alone: the rank-normalised split r-hat, which sees chains
 that disagree in location or in spread, and the effective sample sizes in the bulk and in the tails (Vehtari et
@@ -47,6 +48,7 @@ from pyro.infer import NUTS
 from pyro.infer.autoguide import init_to_uniform, init_to_value
 from torch import Tensor
 
+from elbozoo.guides.autoguides import find_mode, starting_point
 from elbozoo.guides.draws import DrawsGuide
 from elbozoo.inference.progress import progress_bar
 from elbozoo.inference.trajectory import Trajectory
@@ -58,6 +60,7 @@ from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.contract.options import Field, Options
 from elbozoo.models.contract.sites import MAX_PLATE_NESTING, LatentSite
 
+DENSE_DIM = 100  # latents up to which the mass matrix is dense
 R_HAT = 1.01
 ESS_PER_CHAIN = 100
 CHAIN_STREAM = 15_485_863  # keeps the chains' seeds apart from one another and from those of the fits beside
@@ -138,6 +141,8 @@ def run_nuts(entry: Entry, x: Tensor, options: NUTSOptions, *, seed: int, progre
     summed_out = _summed_out(entry, entry.latent_sites(x))
     model, batch = collapsed(entry, summed_out), Batch.full(x)
     start = init_to_value(values=entry.starting_latents(x), fallback=init_to_uniform)
+    with isolated(seed), pyro.validation_enabled(False):
+        scales = _Scales.at_mode(entry, model, batch)
     trajectory = Trajectory(is_elbo=False)
     chains: list[_Chain] = []
     interrupted = False
@@ -146,7 +151,7 @@ def run_nuts(entry: Entry, x: Tensor, options: NUTSOptions, *, seed: int, progre
             for number in range(options.chains):
                 chains.append(_Chain())
                 with isolated(seed + CHAIN_STREAM * (number + 1)), pyro.validation_enabled(False):
-                    chains[-1].run(model, batch, options, start, trajectory, report)
+                    chains[-1].run(model, batch, options, start, scales, trajectory, report)
         except KeyboardInterrupt:
             chains = chains[: max(1, len(chains) - 1)]
             if not chains[0].values:
@@ -168,6 +173,7 @@ class _Chain:
         batch: Batch,
         options: NUTSOptions,
         start: Callable[..., Any],
+        scales: _Scales | None,
         trajectory: Trajectory,
         report: Callable[[int, str], None],
     ) -> None:
@@ -175,10 +181,13 @@ class _Chain:
         kernel = NUTS(
             model,
             target_accept_prob=options.target_acceptance,
+            full_mass=scales is not None and len(scales.covariance) <= DENSE_DIM,
             max_plate_nesting=MAX_PLATE_NESTING,
             init_strategy=start,
         )
         _set_up(kernel, batch, options.warmup)
+        if scales is not None:
+            scales.give_to(kernel)
         steps = _count_calls(kernel)
         position = kernel.initial_params
         for transition in range(options.warmup + options.draws):
@@ -197,6 +206,36 @@ class _Chain:
                     {"lp": lp, "diverging": diverging, "n_steps": taken, "step_size": float(kernel.step_size)}
                 )
             report(len(trajectory.rows), f"step size {kernel.step_size:.2g}")
+
+
+class _Scales(NamedTuple):
+    """Covariance of the normal with the curvature at the mode, (P, P), and the positions of each site in it.
+
+    Warm-up from a unit mass matrix takes leapfrog steps as short as the narrowest direction is, until it has learnt
+    the scales; on columns in large units or close to collinear that is most of a run.
+    """
+
+    covariance: Tensor
+    positions: dict[str, Tensor]
+
+    @classmethod
+    def at_mode(cls, entry: Entry, model: Callable[[Batch], Any], batch: Batch) -> _Scales | None:
+        """Return those of the program, or None where it has no mode that can be reached."""
+        mode = find_mode(model, batch, starting_point(entry, batch.x))
+        if mode is None:
+            return None
+        order = torch.arange(len(mode.loc))
+        positions = {site["name"]: part.flatten() for site, part in mode.guide._unpack_latent(order)}
+        return cls(torch.cholesky_inverse(torch.linalg.cholesky(mode.precision)), positions)
+
+    def give_to(self, kernel: NUTS) -> None:
+        """Let the adaptation of ``kernel`` begin with these scales."""
+        ((names, matrix),) = kernel.inverse_mass_matrix.items()
+        order = torch.cat([self.positions[name] for name in names])
+        covariance = self.covariance[order][:, order]
+        scales = covariance if matrix.ndim == 2 else covariance.diagonal()
+        kernel.mass_matrix_adapter.inverse_mass_matrix = {names: scales}
+        kernel._adapter.reset_step_size_adaptation(kernel.initial_params)
 
 
 def _summed_out(entry: Entry, sites: list[LatentSite]) -> tuple[str, ...]:
