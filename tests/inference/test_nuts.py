@@ -51,7 +51,7 @@ def quick(entry: Entry, x: Tensor, seed: int = 0, **options: Any) -> NUTSRun:
 def normal_mean() -> tuple[Entry, Tensor, NUTSRun]:
     x = get_entry("normal-mean").example(2, seed=1).simulate(20, seed=2)[0]
     entry = get_entry("normal-mean").from_data(x)
-    return entry, x, quick(entry, x, chains=2, warmup=100, draws=250)
+    return entry, x, quick(entry, x, chains=2, warmup=200, draws=500)
 
 
 class Coin(torch.nn.Module):
@@ -80,7 +80,7 @@ def test_draws_have_the_mean_and_variance_of_a_known_posterior(normal_mean: tupl
     entry, x, run = normal_mean
     posterior = entry.posterior(x)  # type: ignore[operator]
     draws = run.draws["mu"]
-    assert draws.shape == (2, 250, 2) and draws.dtype == torch.float64
+    assert draws.shape == (2, 500, 2) and draws.dtype == torch.float64
     assert (z_scores(draws, posterior.mean) < Z).all()
     squares = (draws - posterior.mean).square()
     assert (z_scores(squares, posterior.variance) < Z).all()
