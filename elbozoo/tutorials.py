@@ -134,7 +134,7 @@ class Subject:
     def _learning_rate(self) -> float:
         """Return the step size that gets far in so few steps: small for networks, large for a single q."""
         if isinstance(self.entry, SequenceEntry):
-            return 0.1
+            return 0.02
         if self.entry.dtype == torch.float32:
             return 0.02
         site = self.entry.latent_sites()[0]
