@@ -24,7 +24,7 @@ from elbozoo.plots import number
 from elbozoo.tutorials import write_tutorial
 
 MODEL, GUIDE = "ppca", "mean-field"
-NETWORKS = {"vae"}
+NETWORKS = {name for name in entry_names() if get_entry(name).dtype == torch.float32}
 CODE_CELL = re.compile(r"^```\{code-cell\} ipython3\n(?::tags:[^\n]*\n\n)?(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 PICTURE = re.compile(r"!\[(.+)\]\((.+)\)")
 PNG = b"\x89PNG\r\n"
