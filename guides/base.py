@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pyro.nn import PyroModule
@@ -42,6 +42,10 @@ class GuideOptions(Options):
         description="standard deviation at which normal families start; none takes 0.1, and for global latents "
         "the curvature at their mode where there is one",
     )
+
+    def without_search(self) -> Self:
+        """Return options with which a guide is made for its shape alone: its starting values do not matter."""
+        return self.model_copy(update={"initial_scale": self.scale})
 
     @property
     def scale(self) -> float:

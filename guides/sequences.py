@@ -11,30 +11,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from elbozoo.guides.base import Guide, GuideOptions, mean_of
 from elbozoo.guides.families import FAMILIES
-from elbozoo.guides.sources import refuse_other_rows
+from elbozoo.guides.sources import Free
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.sequences import lengths, observations, steps_mask
 from elbozoo.models.contract.sites import DATA_PLATE, LatentSite
-
-
-class FreeSteps(nn.Module):
-    """Parameters of its own for each step of each sequence: mean-field variational inference."""
-
-    def __init__(self, start: Tensor, x: Tensor, options: GuideOptions) -> None:
-        super().__init__()
-        noise = 0.01 * torch.randn(*x.shape[:2], len(start), dtype=start.dtype)
-        self.values = nn.Parameter(start + noise)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the parameters (B, T, P) of the batch's sequences.
-
-        Raises
-        ------
-        InvalidInput
-            For a batch of another data set.
-        """
-        refuse_other_rows(batch, len(self.values), "sequences")
-        return self.values[batch.index]
 
 
 class RecurrentEncoder(nn.Module):
@@ -70,7 +50,7 @@ class RecurrentEncoder(nn.Module):
         return result
 
 
-STEP_SOURCES: dict[str, type[nn.Module]] = {"free": FreeSteps, "amortized": RecurrentEncoder}
+STEP_SOURCES: dict[str, type[nn.Module]] = {"free": Free, "amortized": RecurrentEncoder}
 
 
 class SequenceGuide(Guide):

@@ -23,22 +23,27 @@ class Shared(nn.Module):
 
 
 class Free(nn.Module):
-    """A parameter vector of its own for each datum: mean-field variational inference."""
+    """A parameter vector of its own for each datum, of each step in a sequence: mean-field variational inference."""
 
     def __init__(self, start: Tensor, x: Tensor, options: GuideOptions) -> None:
         super().__init__()
         # A little noise, so that no symmetry of the model keeps the optimiser on a saddle.
-        self.values = nn.Parameter(start + 0.01 * torch.randn(len(x), len(start), dtype=start.dtype))
+        self.values = nn.Parameter(start + 0.01 * torch.randn(*x.shape[:-1], len(start), dtype=start.dtype))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the parameters (B, P) of the batch's rows.
+        """Return the parameters of the batch's rows, (B, P), or (B, T, P) of its sequences.
 
         Raises
         ------
         InvalidInput
             For a batch of another data set.
         """
-        refuse_other_rows(batch, len(self.values), "rows")
+        if batch.total != len(self.values):
+            what = "rows" if batch.x.ndim == 2 else "sequences"
+            raise InvalidInput(
+                f"found {batch.total} {what}, expected the {len(self.values)} {what} of the fit: a free guide has one "
+                "q for each of those and none for others; use an amortized guide for new data"
+            )
         return self.values[batch.index]
 
 
@@ -73,21 +78,6 @@ SOURCES: dict[str, type[nn.Module]] = {
     "amortized": Amortized,
     "semi-amortized": SemiAmortized,
 }
-
-
-def refuse_other_rows(batch: Batch, expected: int, what: str) -> None:
-    """Refuse a batch of another data set, for whose data a free guide has no q.
-
-    Raises
-    ------
-    InvalidInput
-        If the batch is one of a data set of another size.
-    """
-    if batch.total != expected:
-        raise InvalidInput(
-            f"found {batch.total} {what}, expected the {expected} {what} of the fit: a free guide has one q "
-            "for each of those and none for others; use an amortized guide for new data"
-        )
 
 
 def encoder(columns: int, start: Tensor, options: GuideOptions) -> nn.Sequential:

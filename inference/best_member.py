@@ -24,11 +24,11 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from scipy.stats import norm, qmc
 from torch import Tensor
 from torch.distributions import Distribution
 
 from elbozoo.guides.base import Guide, GuideOptions
+from elbozoo.guides.bound import whitened_noise
 from elbozoo.guides.families import FAMILIES, Family, LowRankNormal, Reshaped
 from elbozoo.guides.local import LocalGuide
 from elbozoo.inference.weights import PARTICLE_DIM, log_joint
@@ -415,8 +415,5 @@ def gaussian_nodes(dim: int) -> tuple[Tensor, Tensor]:
         grid = np.stack(np.meshgrid(*[points] * dim, indexing="ij"), -1).reshape(-1, dim)
         mass = np.prod(np.stack(np.meshgrid(*[weights] * dim, indexing="ij"), -1), -1).reshape(-1)
         return torch.from_numpy(grid), torch.from_numpy(mass / mass.sum())
-    half = norm.ppf(qmc.Sobol(dim, seed=0).random(max(SOBOL_NODES // 2, 2 ** math.ceil(math.log2(2 * dim)))))
-    symmetric = torch.from_numpy(np.concatenate([half, -half]))
-    factor = torch.linalg.cholesky(symmetric.mT @ symmetric / len(symmetric))
-    white = torch.linalg.solve_triangular(factor, symmetric.mT, upper=False).mT
+    white = whitened_noise(SOBOL_NODES, dim, seed=0, like=torch.empty(0, dtype=torch.float64))
     return white, torch.full((len(white),), 1 / len(white), dtype=white.dtype)

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 from elbozoo.guides.base import GuideOptions
-from elbozoo.guides.sequences import FreeSteps, SequenceGuide
+from elbozoo.guides.sequences import SequenceGuide
+from elbozoo.guides.sources import Free
 from elbozoo.inference.best_member import BestMember
 from elbozoo.inference.losses import expected_elbo
 from elbozoo.models.contract.batch import Batch
@@ -78,7 +79,7 @@ def _better(entry: Entry, guide: SequenceGuide, x: Tensor, ends: list[tuple[Tens
 
 
 def _with_values(guide: SequenceGuide, values: Tensor) -> SequenceGuide:
-    assert isinstance(guide.parameters_of, FreeSteps)
+    assert isinstance(guide.parameters_of, Free)
     with torch.no_grad():
         guide.parameters_of.values.copy_(values)
     return guide

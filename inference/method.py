@@ -256,7 +256,8 @@ def _check_names(options: Mapping[str, Any], entry_options: type[Options]) -> No
 
 def _check_objective(plan: Plan) -> None:
     with isolated(0):
-        guide = build_guide(plan.method, plan.entry, plan.x.to(plan.entry.dtype), plan.schema(GuideOptions))
+        x = plan.x[:2].to(plan.entry.dtype)
+        guide = build_guide(plan.method, plan.entry, x, plan.schema(GuideOptions).without_search())
     options = plan.schema(TrainingOptions)
     check_training(resolve_objective(options.objective, guide, options), guide, options, len(plan.x))
 

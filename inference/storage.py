@@ -156,7 +156,7 @@ def _restore_guide(
     if name == ConjugateGuide.NAME:
         return ConjugateGuide.from_state(entry, tensors)
     # The guide takes its shapes from data: any data of the right size will do, and any starting values.
-    x, options = placeholder(entry, shape), options.model_copy(update={"initial_scale": 1.0})
+    x, options = placeholder(entry, shape), options.without_search()
     with isolated(0):
         guide = build_guide(name, entry, x, options)
         guide.prepare_to_load(Batch.full(x))

@@ -53,7 +53,7 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.entry import ParameterFreeEntry
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.options import Field, Options
 
@@ -65,7 +65,7 @@ class BetaBernoulliOptions(Options):
     beta: float = Field(1.0, gt=0, description="prior β of every column's probability: zeros seen before the data")
 
 
-class BetaBernoulli(Entry):
+class BetaBernoulli(ParameterFreeEntry):
     """Independent Bernoulli columns with beta priors: p ~ Beta(α, β), x ~ Bernoulli(p); no θ to learn."""
 
     Options = BetaBernoulliOptions
@@ -82,12 +82,6 @@ class BetaBernoulli(Entry):
                 f"found the value {wrong[0]:g}, expected 0 or 1 everywhere: leave that column out with --columns, "
                 "or cut it at a threshold"
             )
-
-    def initialize(self, x: Tensor, restart: int = 0) -> None:
-        """Do nothing: the program has no parameters."""
-
-    def randomize(self) -> None:
-        """Do nothing: the program has no parameters."""
 
     def coords(self) -> dict[str, Sequence[Any]]:
         """Names of the columns, for the probabilities."""

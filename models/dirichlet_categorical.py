@@ -55,7 +55,7 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.entry import ParameterFreeEntry
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.options import Field, Options
 
@@ -72,7 +72,7 @@ class DirichletCategoricalOptions(Options):
     concentration: float = Field(1.0, gt=0, description="prior α of every category: rows seen before the data")
 
 
-class DirichletCategorical(Entry):
+class DirichletCategorical(ParameterFreeEntry):
     """Independent categorical columns with Dirichlet priors: π ~ Dirichlet(α), x ~ Categorical(π); no θ to learn.
 
     Attributes
@@ -126,12 +126,6 @@ class DirichletCategorical(Entry):
                 "found the category 0 in every row, expected two categories at least: "
                 "set categories=2 or more to say how many there might have been"
             )
-
-    def initialize(self, x: Tensor, restart: int = 0) -> None:
-        """Do nothing: the program has no parameters."""
-
-    def randomize(self) -> None:
-        """Do nothing: the program has no parameters."""
 
     def coords(self) -> dict[str, Sequence[Any]]:
         """Names of the columns and numbers of the categories, for the probabilities."""

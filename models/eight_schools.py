@@ -63,7 +63,7 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.entry import ParameterFreeEntry
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.options import Field, Options
 
@@ -88,7 +88,7 @@ class Moments(NamedTuple):
     sd: Tensor
 
 
-class EightSchools(Entry):
+class EightSchools(ParameterFreeEntry):
     """Normal hierarchy with known standard errors: θ ~ N(μ, τ²), x ~ N(θ, σ²); all is latent, no θ to learn."""
 
     Options = EightSchoolsOptions
@@ -111,12 +111,6 @@ class EightSchools(Entry):
                 f"row {wrong[0] + 1}: found the standard error {x[wrong[0], STANDARD_ERROR]:g}, expected a positive "
                 "number in the second column; put the effect first, or leave that row out"
             )
-
-    def initialize(self, x: Tensor, restart: int = 0) -> None:
-        """Do nothing: the program has no parameters."""
-
-    def randomize(self) -> None:
-        """Do nothing: the program has no parameters."""
 
     def forward(self, batch: Batch) -> Tensor:
         """μ (), τ () and θ (N,) outside the plate, one θ per school; x (B,) ~ N(θ, σ²)."""

@@ -55,7 +55,7 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.entry import ParameterFreeEntry
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.options import Field, Options
 
@@ -67,7 +67,7 @@ class GammaPoissonOptions(Options):
     rate: float = Field(0.1, gt=0, description="rate b of the gamma prior of every column's rate; its mean is a/b")
 
 
-class GammaPoisson(Entry):
+class GammaPoisson(ParameterFreeEntry):
     """Independent Poisson columns with gamma priors: λ ~ Gamma(a, b), x ~ Poisson(λ); no θ to learn."""
 
     Options = GammaPoissonOptions
@@ -84,12 +84,6 @@ class GammaPoisson(Entry):
                 f"found the value {wrong[0]:g}, expected counts 0, 1, 2, ...: leave that column out with --columns, "
                 "or round it"
             )
-
-    def initialize(self, x: Tensor, restart: int = 0) -> None:
-        """Do nothing: the program has no parameters."""
-
-    def randomize(self) -> None:
-        """Do nothing: the program has no parameters."""
 
     def coords(self) -> dict[str, Sequence[Any]]:
         """Names of the columns, for the rates."""

@@ -58,7 +58,7 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.factors import refuse_unbounded_factors
 from elbozoo.models.contract.joint import Joint
 from elbozoo.models.contract.mixtures import MixtureEntry, MixtureOptions, starting_assignments
 from elbozoo.models.contract.options import Field
@@ -110,18 +110,7 @@ class MixtureOfFactorAnalyzers(MixtureEntry):
     def check_data(cls, x: Tensor, options: MixtureOfFactorAnalyzersOptions) -> None:
         """Refuse more components than rows, constant columns, and more factors than rows or columns allow."""
         super().check_data(x, options)
-        constant = torch.nonzero(x.var(0, correction=0) == 0).flatten().tolist()
-        if constant:
-            raise InvalidInput(
-                f"columns {[c + 1 for c in constant]} (counted from 1) are constant, expected columns that vary: "
-                "without variance a column's noise is zero and the likelihood unbounded; leave them out with --columns"
-            )
-        most = min(x.shape[1], len(x)) - 1
-        if options.latent_dim > most:
-            raise InvalidInput(
-                f"option latent_dim: found {options.latent_dim} for {len(x)} rows x {x.shape[1]} columns, expected "
-                f"at most {most}: fewer factors than columns and rows"
-            )
+        refuse_unbounded_factors(x, options.latent_dim)
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
         """Start from k-means (even restarts) or from random rows as centres (odd restarts), with random loadings."""

@@ -67,7 +67,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.entry import ParameterFreeEntry
 from elbozoo.models.contract.joint import Joint
 from elbozoo.models.contract.options import Field, Options
 
@@ -119,19 +119,13 @@ class MeanFieldFactors(NamedTuple):
     rate: Tensor
 
 
-class NormalGamma(Entry):
+class NormalGamma(ParameterFreeEntry):
     """Normal columns, unknown mean and precision: τ ~ Gamma(a₀, b₀), μ ~ N(m₀, 1/(k₀ τ)), x ~ N(μ, 1/τ); no θ."""
 
     Options = NormalGammaOptions
     options: NormalGammaOptions
     example_columns = 2
     site_dims: ClassVar[dict[str, tuple[str, ...]]] = {"precision": ("column",), "mean": ("column",)}
-
-    def initialize(self, x: Tensor, restart: int = 0) -> None:
-        """Do nothing: the program has no parameters."""
-
-    def randomize(self) -> None:
-        """Do nothing: the program has no parameters."""
 
     def coords(self) -> dict[str, Sequence[Any]]:
         """Names of the columns, for means and precisions."""

@@ -35,7 +35,7 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.entry import ParameterFreeEntry
 from elbozoo.models.contract.options import Field, Options
 
 
@@ -47,18 +47,12 @@ class NormalMeanOptions(Options):
     prior_scale: float = Field(10.0, gt=0, description="prior standard deviation s₀ of every column's mean")
 
 
-class NormalMean(Entry):
+class NormalMean(ParameterFreeEntry):
     """Known-scale normal with a normal prior on its mean: μ ~ N(m₀, s₀²), x ~ N(μ, σ²); no θ to learn."""
 
     Options = NormalMeanOptions
     options: NormalMeanOptions
     example_columns = 1
-
-    def initialize(self, x: Tensor, restart: int = 0) -> None:
-        """Do nothing: the program has no parameters."""
-
-    def randomize(self) -> None:
-        """Do nothing: the program has no parameters."""
 
     def forward(self, batch: Batch) -> Tensor:
         """μ (D,) ~ N(m₀, s₀²), outside the plate; x (B, D) ~ N(μ, σ²)."""

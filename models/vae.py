@@ -59,9 +59,8 @@ from torch.nn import functional
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.networks import ACTIVATIONS, refuse_rows, spread, squared_distances
 from elbozoo.models.contract.options import Field, Options
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus}
 
 
 class VAEOptions(Options):
@@ -119,8 +118,7 @@ class VAE(Entry):
                 f"option latent_dim: found {options.latent_dim} for {rows} rows x {columns} columns, expected at most "
                 f"{min(rows - 1, columns)}: data of fewer columns or rows fill no more dimensions"
             )
-        if options.likelihood == "bernoulli":
-            _check_binary(x)
+        refuse_rows(x, list(range(columns)), is_binary=options.likelihood == "bernoulli")
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
         """Start with fresh random weights about the columns' means, so that only the structure is left to learn."""
@@ -133,7 +131,7 @@ class VAE(Entry):
             else:
                 self._linear_layers()[-1].bias.zero_()
                 self.location.copy_(x.mean(0))
-                self.unit.copy_(_spread(x))
+                self.unit.copy_(spread(x))
                 self._set_noise_scale(math.sqrt(0.5))
 
     def randomize(self) -> None:
@@ -169,7 +167,7 @@ class VAE(Entry):
             return x @ output.mT - functional.softplus(output).sum(-1)
         scaled = (x - self.location) / self.unit
         log_volume = self.unit.log().sum() + self.columns * (self.noise_scale.log() + 0.5 * math.log(2 * math.pi))
-        return -0.5 * _squared_distances(scaled, output) / self.noise_scale.square() - log_volume
+        return -0.5 * squared_distances(scaled, output) / self.noise_scale.square() - log_volume
 
     def _columns_given(self, z: Tensor) -> dist.Distribution:
         output = self.decoder(z)
@@ -184,29 +182,3 @@ class VAE(Entry):
         """Set σ that far on the way from its floor to 1."""
         floor = self.options.noise_floor
         self.noise_scale = torch.full_like(self.noise_scale, floor + (1 - floor) * share)
-
-
-def _check_binary(x: Tensor) -> None:
-    """Refuse the first cell that is neither 0 nor 1."""
-    strange = ((x != 0) & (x != 1)).nonzero()
-    if len(strange):
-        row, column = strange[0].tolist()
-        where = f"column {column + 1}, row {row + 1} (counted from 1)"
-        raise InvalidInput(
-            f"likelihood=bernoulli: found {x[row, column].item():g} in {where}, expected only 0 and 1; "
-            "set likelihood=normal, or bring data of zeros and ones such as digits-binary"
-        )
-
-
-def _spread(x: Tensor) -> Tensor:
-    """Standard deviation of each column, 1 where the column is constant."""
-    spread = x.std(0, correction=0)
-    constant = spread <= 8 * torch.finfo(x.dtype).eps * x.abs().amax(0)
-    return torch.where(constant, torch.ones_like(spread), spread)
-
-
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_n - b_g|², (N, G), by a matrix product about the mean of ``a``, so that no common offset cancels."""
-    centre = a.mean(0)
-    a, b = a - centre, b - centre
-    return a.square().sum(-1)[:, None] + b.square().sum(-1) - 2 * a @ b.mT

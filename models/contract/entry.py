@@ -218,6 +218,16 @@ class Entry(PyroModule):
         return x, next(iter(values.values())) if len(values) == 1 else values
 
 
+class ParameterFreeEntry(Entry):
+    """Base of entries in which everything unknown is latent: there is no θ to start or to draw."""
+
+    def initialize(self, x: Tensor, restart: int = 0) -> None:
+        """Do nothing: the program has no parameters."""
+
+    def randomize(self) -> None:
+        """Do nothing: the program has no parameters."""
+
+
 def default_names(columns: int) -> tuple[str, ...]:
     """Return the names of columns that have none of their own: x0, x1, ...."""
     return tuple(f"x{position}" for position in range(columns))

@@ -110,7 +110,7 @@ class RowLikelihood(nn.Module):
             return x @ output.mT - functional.softplus(output).sum(-1)
         scaled = (x - self.location) / self.unit
         log_volume = self.unit.log().sum() + self.columns * (self.noise_scale.log() + 0.5 * LOG_2PI)
-        return -0.5 * _squared_distances(scaled, output) / self.noise_scale.square() - log_volume
+        return -0.5 * squared_distances(scaled, output) / self.noise_scale.square() - log_volume
 
 
 def refuse_rows(x: Tensor, columns: list[int], *, is_binary: bool) -> None:
@@ -141,7 +141,7 @@ def spread(x: Tensor) -> Tensor:
     return torch.where(constant, torch.ones_like(deviation), deviation)
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """|a_n - b_g|², (N, G), by a matrix product about the mean of ``a``, so that no common offset cancels."""
     centre = a.mean(0)
     a, b = a - centre, b - centre

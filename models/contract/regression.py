@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.entry import ParameterFreeEntry
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.options import Column, Field, Options
 
@@ -22,7 +22,7 @@ class RegressionOptions(Options):
     intercept_scale: float = Field(10.0, gt=0, description="prior standard deviation of the intercept")
 
 
-class RegressionEntry(Entry):
+class RegressionEntry(ParameterFreeEntry):
     """Base of regressions with one vector of coefficients β (P,) for the whole data set and no θ to learn.
 
     The observed site is the target given its row, so that the other columns are conditioned on.
@@ -44,12 +44,6 @@ class RegressionEntry(Entry):
                 "found no column beside the target, expected at least one to regress on: add columns, or set "
                 "intercept=true"
             )
-
-    def initialize(self, x: Tensor, restart: int = 0) -> None:
-        """Do nothing: the program has no parameters."""
-
-    def randomize(self) -> None:
-        """Do nothing: the program has no parameters."""
 
     def template(self, n: int) -> Tensor:
         """Rows (n, D) with standard normal covariates, and zeros for the target."""
