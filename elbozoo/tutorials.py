@@ -20,8 +20,7 @@ import torch
 
 from elbozoo.guides.autoguides import AUTOGUIDES
 from elbozoo.guides.families import FAMILIES
-from elbozoo.guides.hierarchical import BottomUpGuide
-from elbozoo.guides.registry import GuideCard, guide_cards, guide_names, resolve_guide
+from elbozoo.guides.registry import WHOLE_GUIDES, GuideCard, guide_cards, guide_names, resolve_guide
 from elbozoo.guides.sources import SOURCES
 from elbozoo.inference.comparison import Comparison
 from elbozoo.inference.fit import Fit
@@ -187,8 +186,12 @@ def _guide_texts(s: Subject) -> list[str]:
             f"guide {name} from the program:",
             code_block(inspect.getsource(AUTOGUIDES[s.card.name]).strip().rstrip(","), "python"),
         ]
-    if name == f"`{BottomUpGuide.NAME}`":
-        return [f"The guide {name} is not a product of one family: {_summary_of(BottomUpGuide)}"]
+    whole = next((guide for guide in WHOLE_GUIDES if s.card.name == guide.NAME), None)
+    if whole is not None:
+        return [
+            f"The guide {name} is not a product of one family: {_summary_of(whole)}",
+            _source_of(whole.conditionals),
+        ]
     return [
         f"The guide {name} is a family fed by a source. The family, `{family}`, decides how close q can come to the "
         f"posterior at best: that is the approximation gap. The source, `{source}`, decides where the q of each datum "

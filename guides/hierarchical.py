@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
-import pyro
-import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from elbozoo.guides.base import DRAWS, Guide, GuideOptions
+from elbozoo.guides.base import GuideOptions
 from elbozoo.guides.families import DiagonalNormal
 from elbozoo.guides.sources import Amortized, encoder
+from elbozoo.guides.whole import WholeGuide
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.joint import Conditional, Joint, Values
-from elbozoo.models.contract.sites import DATA_PLATE, LatentSite
+from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.joint import Conditional, Values
+from elbozoo.models.contract.sites import LatentSite
 
 
-class BottomUpGuide(Guide):
+class BottomUpGuide(WholeGuide):
     """q(z_1 given x) q(z_2 given z_1) ... of independent normals, for programs with a chain of layers.
 
     Where x depends on the bottom layer alone, the posterior has this factorisation too, so that this q can say what
     the layers tell about each other; one that is independent between sites cannot.
 
-    Parameters
-    ----------
-    sites : sequence of LatentSite
-        Local latent sites of the model in the order in which it draws them, the top layer first.
-    x : Tensor (N, D)
-        The data set, for the encoder's standardisation.
-    options : GuideOptions
-        Options; the encoders of all layers have the same form.
+    The model draws the top layer first. The encoders of all layers have the same form.
     """
 
-    NAME: ClassVar[str] = "bottom-up"
+    NAME = "bottom-up"
 
-    def __init__(self, sites: Sequence[LatentSite], x: Tensor, options: GuideOptions) -> None:
-        super().__init__(self.NAME, self.NAME, "amortized")
+    def __init__(self, entry: Entry, sites: Sequence[LatentSite], x: Tensor, options: GuideOptions) -> None:
+        super().__init__(entry, sites, x, options)
         upward = list(reversed(sites))
         self.families = {site.name: DiagonalNormal(site, options) for site in upward}
         starts = [family.initial().to(x.dtype) for family in self.families.values()]
@@ -47,8 +39,8 @@ class BottomUpGuide(Guide):
         )
 
     @staticmethod
-    def refusal(sites: Sequence[LatentSite]) -> str | None:
-        """Say why this guide cannot serve a program with the latent ``sites``, or return None."""
+    def refusal(entry: Entry, sites: Sequence[LatentSite]) -> str | None:
+        """Say why this guide cannot serve ``entry`` with the latent ``sites``, or return None."""
         for site in sites:
             if not site.is_local:
                 return f"the latent {site.name!r} is one for the whole data set, and bottom-up is about each datum's"
@@ -65,16 +57,6 @@ class BottomUpGuide(Guide):
         for below, name, network in zip(names, names[1:], self.above, strict=False):
             found[name] = self._given(below, name, network)
         return found
-
-    def means(self, batch: Batch) -> Tensor:
-        """Mean of q of each row, the layers side by side, the bottom first: (B, K); by draws above the first."""
-        draws = Joint(self.conditionals(batch)).sample((DRAWS,))
-        return torch.cat([value.mean(0).reshape(len(batch.x), -1) for value in draws.values()], -1)
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Sample the layers from the bottom up inside the data plate."""
-        with pyro.plate(DATA_PLATE, batch.total, subsample=batch.index):
-            return Joint(self.conditionals(batch)).draw(pyro.sample)
 
     def _given(self, below: str, name: str, network: nn.Module) -> Callable[[Values], Distribution]:
         dim = self.families[below].site.dim

@@ -15,6 +15,7 @@ from elbozoo.guides.hierarchical import BottomUpGuide
 from elbozoo.guides.local import ExactGuide, LocalGuide
 from elbozoo.guides.sequences import STEP_SOURCES, SequenceGuide
 from elbozoo.guides.sources import SOURCES
+from elbozoo.guides.whole import WholeGuide
 from elbozoo.models.contract.entry import Entry, HasPosterior
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.sequences import SequenceEntry
@@ -32,9 +33,10 @@ class GuideCard(NamedTuple):
 
 LOCAL_NAMES = {f"{source}-{family}": (family, source) for source in SOURCES for family in FAMILIES}
 GLOBAL_NAMES = list(AUTOGUIDES)
+WHOLE_GUIDES: tuple[type[WholeGuide], ...] = (BottomUpGuide,)
 ALIASES = ("mean-field", "amortized", "semi-amortized", "shared", "free", "full-rank", "low-rank")
 NO_LATENT = "it has no latent, so there is nothing for a q to say"
-ALL_NAMES = sorted({*LOCAL_NAMES, *GLOBAL_NAMES, *ALIASES, BottomUpGuide.NAME, "exact"})
+ALL_NAMES = sorted({*LOCAL_NAMES, *GLOBAL_NAMES, *ALIASES, *(guide.NAME for guide in WHOLE_GUIDES), "exact"})
 
 
 def guide_cards(entry: Entry, sites: list[LatentSite] | None = None) -> list[GuideCard]:
@@ -45,8 +47,7 @@ def guide_cards(entry: Entry, sites: list[LatentSite] | None = None) -> list[Gui
         for name, (family, source) in LOCAL_NAMES.items()
     ]
     cards += [GuideCard(name, name, "global", _global_refusal(sites, name)) for name in GLOBAL_NAMES]
-    upward = BottomUpGuide.NAME
-    cards.append(GuideCard(upward, upward, "amortized", NO_LATENT if not sites else BottomUpGuide.refusal(sites)))
+    cards += [GuideCard(g.NAME, g.NAME, "amortized", _whole_refusal(g, entry, sites)) for g in WHOLE_GUIDES]
     return [*cards, GuideCard("exact", "posterior", "exact", _exact_refusal(entry))]
 
 
@@ -75,7 +76,7 @@ def resolve_guide(name: str, entry: Entry, sites: list[LatentSite] | None = None
         For an unknown name, or a guide that does not fit, with the reason and what would work.
     """
     sites = sites if sites is not None else entry.latent_sites()
-    canonical = _expand_alias(name, sites)
+    canonical = _expand_alias(name, entry, sites)
     cards = {card.name: card for card in guide_cards(entry, sites)}
     if canonical not in cards:
         raise unknown_name("guide", name, ALL_NAMES)
@@ -99,8 +100,9 @@ def build_guide(name: str, entry: Entry, x: Tensor, options: GuideOptions | None
     canonical = resolve_guide(name, entry, sites)
     if canonical == "exact":
         return ExactGuide(entry, sites)
-    if canonical == BottomUpGuide.NAME:
-        return BottomUpGuide(sites, x, options)
+    for whole in WHOLE_GUIDES:
+        if canonical == whole.NAME:
+            return whole(entry, sites, x, options)
     if canonical in LOCAL_NAMES:
         family, source = LOCAL_NAMES[canonical]
         if isinstance(entry, SequenceEntry):
@@ -109,14 +111,18 @@ def build_guide(name: str, entry: Entry, x: Tensor, options: GuideOptions | None
     return GlobalGuide(canonical, entry, x, options, summed_out=[site.name for site in sites if site.is_local])
 
 
-def _expand_alias(name: str, sites: list[LatentSite]) -> str:
+def _expand_alias(name: str, entry: Entry, sites: list[LatentSite]) -> str:
     if name not in ALIASES:
         return name
+    if name == "amortized" and entry.amortized_guide is not None:
+        return entry.amortized_guide
     default = "categorical" if all(site.is_discrete for site in sites) else "diagonal-normal"
     family = {"full-rank": "full-rank-normal", "low-rank": "low-rank-normal"}.get(name, default)
     if _has_global(sites) and name in ("mean-field", "full-rank", "low-rank"):
         return family
     source = name if name in SOURCES else "free"
+    if family == default and entry.guide_refusal(family, source) is not None:
+        family = "delta"
     return f"{source}-{family}"
 
 
@@ -136,12 +142,18 @@ def _local_refusal(entry: Entry, sites: list[LatentSite], family: str, source: s
         return "q is independent across time, and a step has few dimensions, which full-rank-normal serves"
     if source == "semi-amortized" and (reason := refusal_of_sum([site.name for site in sites if site.is_discrete])):
         return reason
+    if reason := entry.guide_refusal(family, source):
+        return reason
     # A program with both kinds of latents has a family for the continuous ones and a categorical for the others.
     fitting = [site for site in sites if FAMILIES[family].refusal(site) is None]
     refused = [site for site in sites if site not in fitting]
     if not fitting or (family == "categorical" and refused):
         return FAMILIES[family].refusal(refused[0])
     return None
+
+
+def _whole_refusal(guide: type[WholeGuide], entry: Entry, sites: list[LatentSite]) -> str | None:
+    return guide.refusal(entry, sites) if sites else NO_LATENT
 
 
 def _global_refusal(sites: list[LatentSite], name: str) -> str | None:

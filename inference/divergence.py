@@ -12,8 +12,8 @@ from torch.distributions import Categorical, Distribution, Independent, Multivar
 from torch.distributions.kl import kl_divergence
 
 from elbozoo.guides.base import Guide
-from elbozoo.guides.hierarchical import BottomUpGuide
 from elbozoo.guides.local import ExactGuide
+from elbozoo.guides.whole import WholeGuide
 from elbozoo.inference.weights import PARTICLE_DIM
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, HasPosterior, joint_posterior
@@ -41,7 +41,7 @@ def kl_to_posterior(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Diverge
         if not guide.is_local:
             return _by_draws(guide, posterior, batch)
         exact = isinstance(guide, ExactGuide)
-        if isinstance(guide, BottomUpGuide):
+        if isinstance(guide, WholeGuide):
             q = Joint(guide.conditionals(batch))
         else:
             q = guide.posterior(batch) if exact else Joint(guide.distributions(batch))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
-from elbozoo.guides.hierarchical import BottomUpGuide
 from elbozoo.guides.local import LocalGuide
 from elbozoo.guides.sequences import SequenceGuide
+from elbozoo.guides.whole import WholeGuide
 from elbozoo.inference.best_flow import best_flow
 from elbozoo.inference.best_member import BestMember, best_member
 from elbozoo.inference.best_path import best_path_member
@@ -188,8 +188,8 @@ def _best(entry: Entry, guide: Guide, x: Tensor, options: GuideOptions) -> BestM
         return best_path_member(entry, guide, x, options)
     if guide.family == "flow" and isinstance(guide, LocalGuide):
         return best_flow(entry, guide, x, options)
-    if isinstance(guide, BottomUpGuide):
-        return None  # its layers depend on one another, so no q of each datum alone is its best member
+    if isinstance(guide, WholeGuide):
+        return None  # its sites depend on one another, so no q of each datum alone is its best member
     with isolated(0), torch.no_grad():
         members = guide.distributions(Batch.full(x))
     return best_member(entry, guide.family, x, options, start=members)

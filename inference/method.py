@@ -91,8 +91,9 @@ class Plan:
         return {name for schema in schemas for name in schema.model_fields}
 
     def schema(self, cls: type[Options]) -> Any:
-        """Return the options of this plan that ``cls`` declares, validated."""
-        return cls.parse({k: v for k, v in self.options.items() if k in cls.model_fields})
+        """Return the options of this plan that ``cls`` declares, validated; the entry's own where none are given."""
+        given = {**_suggested(self.entry, self.options), **self.options}
+        return cls.parse({k: v for k, v in given.items() if k in cls.model_fields})
 
 
 def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any], names: Sequence[str] | None = None) -> Plan:
@@ -245,6 +246,13 @@ def _builder(
         given = {k: v for k, v in options.items() if k in model.Options.model_fields}
         return lambda seed: model.from_data(x, seed=seed, names=names, **given), model.Options
     return lambda seed: program_entry(model, x), Options
+
+
+def _suggested(entry: Entry, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the entry suggests to its methods; nothing where the user asks for another objective."""
+    suggested = entry.method_options
+    same = options.get("objective", suggested.get("objective")) == suggested.get("objective")
+    return suggested if same else {}
 
 
 def _check_names(options: Mapping[str, Any], entry_options: type[Options]) -> None:

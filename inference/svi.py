@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import pyro
@@ -15,6 +16,7 @@ from torch import nn
 
 from elbozoo.guides.base import Guide
 from elbozoo.inference.convergence import PlateauMonitor
+from elbozoo.inference.corruption import seeing
 from elbozoo.inference.losses import OwnELBO
 from elbozoo.inference.objectives import WEIGHED_PARTICLES, Objective, ObjectiveOptions
 from elbozoo.inference.progress import progress_bar
@@ -71,7 +73,7 @@ class PyroStep:
         self, entry: Entry, guide: Guide, objective: Objective, particles: int, options: TrainingOptions
     ) -> None:
         self.elbo = objective.build(particles, guide, options)
-        self.loss = self.elbo(collapsed(entry, guide.summed_out), guide)
+        self.loss = self.elbo(collapsed(entry, guide.summed_out), seeing(guide, entry))
         self.count = 0
         self.parameters = unique_parameters(entry, guide)
         self.clip_norm = options.clip_norm
@@ -100,6 +102,43 @@ class PyroStep:
             group["lr"] = factor * self.learning_rate
 
 
+@dataclass
+class TrainingState:
+    """What an observer of a fit sees after each step.
+
+    Attributes
+    ----------
+    entry, guide : Entry, Guide
+        As they are after the step.
+    batch : Batch
+        The whole data set of the fit.
+    options : TrainingOptions
+        Options of the fit.
+    step : Step
+        What takes the steps, with the state of the optimiser.
+    schedule : Schedule
+        When the step size falls and the fit ends.
+    trajectory : Trajectory
+        The record so far.
+    """
+
+    entry: Entry
+    guide: Guide
+    batch: Batch
+    options: TrainingOptions
+    step: Step
+    schedule: Schedule
+    trajectory: Trajectory
+
+
+class Observer(Protocol):
+    """What looks at a fit after each step: it keeps a checkpoint, writes a log, or stops the fit in time."""
+
+    def __call__(self, state: TrainingState) -> bool:
+        """Look at the fit after a step; return whether to end it here, as converged."""
+        ...
+
+
 class SVIResult(NamedTuple):
     """How a run of SVI ended: its record, whether it converged, whether it was interrupted."""
 
@@ -116,6 +155,7 @@ def run_svi(
     options: TrainingOptions,
     *,
     progress: bool = True,
+    observers: Sequence[Observer] = (),
     make_step: Callable[[Entry, Guide, Objective, int, TrainingOptions], Step] = PyroStep,
 ) -> SVIResult:
     """Maximise ``objective`` over the parameters of ``entry`` and ``guide``, in place.
@@ -135,8 +175,9 @@ def run_svi(
         return SVIResult(trajectory, converged=True, interrupted=False)
     step = make_step(entry, guide, objective, _particles(objective, guide, batch, options), options)
     size = _batch_size(objective, guide, batch, options)
-    schedule = _Schedule(options, epoch=batch.total // size, moving=objective.moving_steps(options))
+    schedule = Schedule(options, epoch=batch.total // size, moving=objective.moving_steps(options))
     rows = entry.count(batch.x)
+    state = TrainingState(entry, guide, batch, options, step, schedule, trajectory)
     try:
         with (
             progress_bar(f"{entry.name()} {guide.name}", options.steps, progress) as report,
@@ -153,7 +194,10 @@ def run_svi(
                 seconds = time.perf_counter() - before
                 trajectory.record(seconds, objective_value, log_evidence)
                 report(count + 1, f"{objective.name} {objective_value:.2f}")
-                if schedule.is_done(step, objective_value / rows, count):
+                done = schedule.is_done(step, objective_value / rows, count)
+                # Every observer sees every step, whatever the others say.
+                stops = [observer(state) for observer in observers]
+                if done or any(stops):
                     return SVIResult(trajectory, converged=True, interrupted=False)
     except KeyboardInterrupt:
         return SVIResult(trajectory, converged=False, interrupted=True)
@@ -188,7 +232,9 @@ def unique_parameters(*modules: nn.Module) -> list[nn.Parameter]:
     return list({id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values())
 
 
-class _Schedule:
+class Schedule:
+    """The step size along a fit, and when the fit has converged."""
+
     def __init__(self, options: TrainingOptions, epoch: int, moving: int) -> None:
         self.options = options
         self.moving = moving

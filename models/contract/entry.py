@@ -43,6 +43,11 @@ class Entry(PyroModule):
         Names of the dimensions of one draw of a site, where they have a meaning.
     table_names : tuple of str
         Names of the columns of the table that the entry was built for.
+    method_options : dict
+        Options of guides and of training that suit this entry where the user gives none; all of them fall away when
+        another objective than theirs is asked for.
+    amortized_guide : str or None
+        Guide that the name ``amortized`` means, where it is none of family and source.
     """
 
     Options: ClassVar[type[BaseOptions]] = BaseOptions
@@ -50,6 +55,8 @@ class Entry(PyroModule):
     example_columns: ClassVar[int] = 5
     allows_missing: ClassVar[bool] = False
     site_dims: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    method_options: ClassVar[Mapping[str, Any]] = {}
+    amortized_guide: ClassVar[str | None] = None
 
     def __init__(self, options: BaseOptions, columns: int) -> None:
         with private_parameters():
@@ -168,6 +175,10 @@ class Entry(PyroModule):
         if x is None:
             return latent_sites(self, Batch.full(self.simulate(2, seed=0)[0]))
         return latent_sites(self, Batch.full(x)._replace(x=x[:2], index=torch.arange(min(2, len(x)))))
+
+    def guide_refusal(self, family: str, source: str) -> str | None:
+        """Say why local guides of ``family`` and ``source`` do not suit this program, or return None."""
+        return None
 
     def template(self, n: int) -> Tensor:
         """Return ``n`` rows to simulate on: zeros, with whatever is conditioned on filled in."""
@@ -357,6 +368,15 @@ class HasRowLikelihoods(Protocol):
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Log p(x_n given z_g) in nats, (N, G), for rows ``x`` (N, D) and latent values ``z`` (G, K)."""
+        ...
+
+
+@runtime_checkable
+class Corrupts(Protocol):
+    """An entry whose guide sees corrupted rows while it is trained."""
+
+    def corrupt(self, x: Tensor) -> Tensor:
+        """Return the rows ``x`` (B, D) with fresh noise, of the same shape."""
         ...
 
 

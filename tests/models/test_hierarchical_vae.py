@@ -226,7 +226,7 @@ def test_bottom_up_inference_contains_the_linear_posterior_and_a_product_does_no
     gap = 0.5 * (np.log(np.diag(precision)).sum() - np.linalg.slogdet(precision)[1])
     options = GuideOptions(encoder="linear")
     with isolated(0):
-        upward = BottomUpGuide(entry.latent_sites(x), x, options).double()
+        upward = BottomUpGuide(entry, entry.latent_sites(x), x, options).double()
         product = build_guide("amortized-diagonal-normal", entry, x, options).double()
     assert gap > 0.1
     assert truth - 0.02 <= fitted_guide(entry, upward, x, 600) <= truth + 0.01
@@ -238,8 +238,8 @@ def test_bottom_up_samples_every_layer_and_says_whom_it_serves() -> None:
     entry = example("4,2,1")
     x, _ = entry.simulate(6, seed=0)
     sites = entry.latent_sites(x)
-    assert BottomUpGuide.refusal(sites) is None
-    guide = BottomUpGuide(sites, x, GuideOptions()).double()
+    assert BottomUpGuide.refusal(entry, sites) is None
+    guide = BottomUpGuide(entry, sites, x, GuideOptions()).double()
     with isolated(0), torch.no_grad():
         trace = poutine.trace(guide).get_trace(Batch.full(x))
         assert guide.means(Batch.full(x)).shape == (6, 7)
@@ -249,7 +249,8 @@ def test_bottom_up_samples_every_layer_and_says_whom_it_serves() -> None:
     weights = importance_weights(entry, guide, Batch.full(x), 20, seed=0)
     assert weights.log_weight.shape == (1, 20, 6) and torch.isfinite(weights.log_weight).all()
     for name, reason in (("vae", "one layer"), ("normal-gamma", "whole data set"), ("gaussian-mixture", "3 values")):
-        assert reason in str(BottomUpGuide.refusal(get_entry(name).example().latent_sites()))
+        other = get_entry(name).example()
+        assert reason in str(BottomUpGuide.refusal(other, other.latent_sites()))
 
 
 @pytest.mark.slow
