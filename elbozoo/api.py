@@ -180,7 +180,7 @@ def compare(
         See :func:`fit`; an option goes to every method that reads it.
     methods : iterable of str, optional
         Methods; by default those of em, mean-field and amortized that apply, and for a global latent
-        mean-field, full-rank and laplace.
+        mean-field, full-rank and laplace. ``"all"`` fits the five ways to a q of each datum to one model.
     seeds : int or iterable of int
         Number of seeds, or the seeds themselves.
     out : path, optional

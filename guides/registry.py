@@ -87,6 +87,13 @@ def resolve_guide(name: str, entry: Entry, sites: list[LatentSite] | None = None
     return canonical
 
 
+def refusal_of(name: str, entry: Entry) -> str | None:
+    """Say why the guide called ``name``, or by one of the aliases, does not fit ``entry``; None where it does."""
+    sites = entry.latent_sites()
+    canonical = _expand_alias(name, entry, sites)
+    return next(card.refusal for card in guide_cards(entry, sites) if card.name == canonical)
+
+
 def build_guide(name: str, entry: Entry, x: Tensor, options: GuideOptions | None = None) -> Guide:
     """Build the guide called ``name`` for ``entry`` and the rows ``x`` (N, D), in the entry's dtype.
 

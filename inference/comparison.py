@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +14,19 @@ from typing import Any, Self
 import pandas as pd
 from torch import Tensor
 
+from elbozoo.guides.registry import refusal_of
 from elbozoo.inference.fit import Fit, closed_form_evidence
 from elbozoo.inference.ledger import Ledger
 from elbozoo.inference.method import Plan, plan, valid_seed, warn_of_unread
 from elbozoo.inference.progress import progress_bar
 from elbozoo.inference.storage import writable_directory
-from elbozoo.models.contract.entry import Program
+from elbozoo.models.contract.entry import Program, SupportsEM
 from elbozoo.models.contract.errors import InvalidInput
+
+logger = logging.getLogger(__name__)
+
+EVERY_WAY = "all"
+WAYS_TO_Q = ("shared", "free", "amortized", "semi-amortized", "exact")
 
 ROW = (
     "method",
@@ -134,7 +142,8 @@ def run_comparison(
     x : Tensor (N, D)
         Data, float64.
     methods : iterable of str
-        Methods; all are checked before the first one runs.
+        Methods; all are checked before the first one runs. ``all`` alone learns one model, by EM in closed form or
+        amortized, and fits every way to a q of each datum to it: shared, free, amortized, semi-amortized, exact.
     seeds : int or iterable of int
         Number of seeds, counted from 0, or the seeds themselves.
     options : mapping
@@ -153,10 +162,14 @@ def run_comparison(
     NumericalFailure
         If a fit breaks down, or a bound exceeds the truth.
     """
-    chosen = _seeds(seeds)
-    plans = [plan(model, x, method, options, names) for method in _unique(methods)]
-    warn_of_unread(plans)
-    fits = _fits(plans, chosen, progress, on_fit)
+    chosen, asked = _seeds(seeds), _unique(methods)
+    prepare = functools.partial(plan, model, x, options=options, names=names)
+    if EVERY_WAY in asked:
+        teacher, plans = _ways_to_q(asked, prepare)
+    else:
+        teacher, plans = None, [prepare(method) for method in asked]
+    warn_of_unread([*plans, *([teacher] if teacher else [])])
+    fits = _fits(plans, chosen, progress, on_fit, teacher)
     # One closed form serves all fits, which share the model and the rows.
     closed_form = closed_form_evidence(fits[0].entry, plans[0].x)
     ledgers = _with_learning_gaps(_ledgers(fits, closed_form, progress), closed_form)
@@ -165,11 +178,45 @@ def run_comparison(
     return Comparison(fits[0].model, data, fits, table, dict(options))
 
 
-def _fits(plans: list[Plan], seeds: list[int], progress: bool, on_fit: Callable[[Fit], None]) -> list[Fit]:
-    fits = []
+def _ways_to_q(methods: list[str], prepare: Callable[[str], Plan]) -> tuple[Plan, list[Plan]]:
+    """Return the method that learns θ, and one for each way in which a datum may come by its q.
+
+    Raises
+    ------
+    InvalidInput
+        For other methods beside ``all``, or a model without a q for each datum.
+    """
+    if len(methods) > 1:
+        others = ", ".join(method for method in methods if method != EVERY_WAY)
+        raise InvalidInput(f"found {EVERY_WAY} beside {others}, expected it alone: it fits every q to one model")
+    entry = prepare("mean-field").entry
+    reasons = {way: refusal_of(way, entry) for way in WAYS_TO_Q}
+    fitting = [way for way, reason in reasons.items() if reason is None]
+    if len(fitting) < 2:
+        raise InvalidInput(
+            f"method {EVERY_WAY!r} compares ways in which each datum comes by its q, and {entry.name()} has "
+            f"{len(fitting)} of them ({next(filter(None, reasons.values()))}); name the methods to compare"
+        )
+    for way in WAYS_TO_Q:
+        if way not in fitting:
+            logger.info("left out %s: %s", way, reasons[way])
+    # Monte Carlo EM asks nothing of q, and may learn a latent space in which no q finds its way.
+    learner = "em" if isinstance(entry, SupportsEM) else "amortized"
+    return prepare(learner), [prepare(way) for way in fitting]
+
+
+def _fits(
+    plans: list[Plan],
+    seeds: list[int],
+    progress: bool,
+    on_fit: Callable[[Fit], None],
+    teacher: Plan | None = None,
+) -> list[Fit]:
+    fits: list[Fit] = []
+    thetas = {seed: teacher.run(seed, progress=progress).entry for seed in seeds} if teacher else {}
     for each in plans:
         for seed in seeds:
-            fits.append(each.run(seed, progress=progress))
+            fits.append(each.run(seed, theta=thetas.get(seed), progress=progress))
             on_fit(fits[-1])
             if fits[-1].interrupted:  # the user wants what there is, not the next fit
                 return fits

@@ -77,10 +77,16 @@ class Plan:
     options: dict[str, Any]
     build: Callable[[int], Entry]
 
-    def run(self, seed: int, *, progress: bool = True) -> Fit:
-        """Fit from ``seed``, which decides the starting values and every draw."""
+    def run(self, seed: int, *, theta: Entry | None = None, progress: bool = True) -> Fit:
+        """Fit from ``seed``, which decides the starting values and every draw.
+
+        Where ``theta`` is given, the model keeps its parameters, and q alone is fitted.
+        """
         seed = valid_seed(seed)
         entry = self.build(seed)
+        if theta is not None:
+            entry.load_state_dict(theta.state_dict())
+            entry.requires_grad_(False)
         x = self.x.to(entry.dtype)
         with isolated(seed):
             return _RUNNERS.get(self.method, _run_guide)(self, entry, x, seed, progress)
