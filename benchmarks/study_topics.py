@@ -47,7 +47,7 @@ MIXINGS = ("product", "mixture")
 
 
 class Corpus(NamedTuple):
-    """Documents to fit and to hold out, (N, V), and the topics (K, V) that they were made from where those are known."""
+    """Documents to fit and to hold out, (N, V), and the topics (K, V) that they were made from where known."""
 
     name: str
     train: Tensor

@@ -18,6 +18,7 @@ from elbozoo.cli import app
 from elbozoo.guides.autoguides import AUTOGUIDES
 from elbozoo.guides.families import FAMILIES
 from elbozoo.guides.local import ExactGuide
+from elbozoo.guides.registry import WHOLE_GUIDES
 from elbozoo.guides.sources import SOURCES
 from elbozoo.inference.comparison import ROW
 from elbozoo.inference.em import EMOptions
@@ -152,6 +153,10 @@ def _guides() -> str:
         "## Sources",
         markdown_table(["source", "where the parameters of each datum's q come from"], sources),
         f"`exact`: {_first_paragraph(ExactGuide)}",
+        "## All sites together",
+        "Guides that are no product of one family, for programs whose latents depend on each other:",
+        markdown_table(["guide", "what it is"], [[f"`{g.NAME}`", _first_paragraph(g)] for g in WHOLE_GUIDES]),
+        "## Global latents",
         f"`global`: one latent for the whole data set takes one of Pyro's automatic guides, {_names(AUTOGUIDES)}.",
         "## Which guide fits which model",
         "A pair that makes no sense is refused with the reason, which `elbozoo guides MODEL` shows.",
@@ -207,7 +212,7 @@ def _datasets() -> str:
     return _page(
         "# Data sets",
         "Beside these names, data may be `simulate:MODEL`, which draws from an entry, the path of a CSV or Parquet "
-        "file with a header, or in Python a DataFrame, an array or a tensor.",
+        "file with a header or of a NPY or NPZ file, or in Python a DataFrame, an array or a tensor.",
         _frame_table(ez.list_datasets(), ["name", "rows", "columns", "kind", "description", "source"]),
     )
 

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
         load_comparison,
         load_data,
         load_fit,
+        rate_distortion,
         tutorial,
     )
     from elbozoo.comparison import Comparison  # noqa: F401
     from elbozoo.data import Dataset  # noqa: F401
     from elbozoo.inference.fit import Fit  # noqa: F401
     from elbozoo.models.contract.errors import InvalidInput, NumericalFailure  # noqa: F401
+    from elbozoo.rate_curve import RateDistortion  # noqa: F401
 
 _HOMES = {
     **dict.fromkeys(
@@ -40,6 +42,7 @@ _HOMES = {
             "load_comparison",
             "load_data",
             "load_fit",
+            "rate_distortion",
             "tutorial",
         ),
         "elbozoo.api",
@@ -49,6 +52,7 @@ _HOMES = {
     "Fit": "elbozoo.inference.fit",
     "InvalidInput": "elbozoo.models.contract.errors",
     "NumericalFailure": "elbozoo.models.contract.errors",
+    "RateDistortion": "elbozoo.rate_curve",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

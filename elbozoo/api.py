@@ -11,6 +11,7 @@ import pandas as pd
 from elbozoo.comparison import Comparison, from_results
 from elbozoo.data import Dataset, list_datasets, load_data
 from elbozoo.guides import registry as guides
+from elbozoo.inference.checkpoints import EVERY
 from elbozoo.inference.comparison import run_comparison
 from elbozoo.inference.fit import Fit
 from elbozoo.inference.method import (
@@ -19,14 +20,19 @@ from elbozoo.inference.method import (
     method_names,
     plan,
     program_entry,
+    refuse_without_records,
     schemas_of,
     warn_of_unread,
 )
+from elbozoo.inference.rate_distortion import WEIGHTS, run_rate_distortion
+from elbozoo.inference.records import Records
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Entry, capabilities
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.options import Options, is_position
 from elbozoo.models.contract.registry import entry_names, get_entry, list_models
+from elbozoo.preparation import Prepared, Request, prepare
+from elbozoo.rate_curve import RateDistortion, curve_from_results
 from elbozoo.tutorials import write_tutorial
 
 __all__ = [
@@ -40,6 +46,7 @@ __all__ = [
     "load_comparison",
     "load_data",
     "load_fit",
+    "rate_distortion",
     "tutorial",
 ]
 
@@ -106,6 +113,13 @@ def fit(
     method: str | None = None,
     seed: int = 0,
     columns: list[str] | None = None,
+    binarise: str | None = None,
+    validation: Any = None,
+    test: Any = None,
+    data_seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = EVERY,
+    tensorboard: str | Path | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Fit:
@@ -116,15 +130,36 @@ def fit(
     model : str, type or callable
         Name of an entry, or a program ``model(batch)`` of your own with an observed site ``"x"``.
     data : str, path, DataFrame, array or tensor
-        Name of a data set, a CSV or Parquet file, or rows (N, D).
+        Whatever :func:`load_data` takes: the name of a data set, a file, rows (N, D), or a data set that it returned.
     guide : str, optional
-        Guide to fit by stochastic variational inference; ``"mean-field"`` if neither this nor ``method`` is given.
+        Guide to fit by stochastic variational inference; if neither this nor ``method`` is given,
+        ``"mean-field"`` where it fits the model.
     method : str, optional
         ``"em"``, ``"closed-form"``, ``"cavi"``, ``"nuts"`` or a guide's name, instead of ``guide``.
     seed : int
         Seed of everything random.
     columns : list of str, optional
         Columns of a file or DataFrame to use; those that an option names, such as ``target``, are used too.
+    binarise : str, optional
+        ``threshold``, ``static`` or ``stochastic``: make binary pixels of the columns that no option names, see
+        :meth:`~elbozoo.data.Dataset.binarised`. Stochastic ones are drawn anew at each step of variational inference,
+        and held fixed for all that is reported.
+    validation : float or data, optional
+        Rows that the fit does not learn from, as a share of the rows or as data of their own. Options ``patience`` and
+        ``validate_every`` measure by them along the fit.
+    test : float or data, optional
+        Rows that nothing sees before the end, likewise. Shares are of data: of sequences or groups where a datum is
+        one.
+    data_seed : int
+        Seed of the split and of the draw of binary pixels, which are the same for every ``seed``.
+    checkpoint : path, optional
+        Directory in which the fit leaves where it stands, in the folder METHOD-SEED. The same call goes on from there
+        and ends with the bits of a fit that was never stopped; another fit is refused and overwrites nothing. By
+        stochastic variational inference and Monte Carlo EM alone.
+    checkpoint_every : int
+        Steps from one checkpoint to the next; Control-C writes one too.
+    tensorboard : path, optional
+        Directory for a log of the fit, in the folder METHOD-SEED; needs ``pip install "elbozoo[tensorboard]"``.
     progress : bool
         Show a bar on standard error where that is a terminal.
     **options
@@ -138,14 +173,19 @@ def fit(
         If the fit breaks down.
     """
     chosen = one_method(guide, method)
-    rows, options = _load(model, data, columns, options)
-    ready = plan(model, rows.x, chosen, options, rows.columns)
+    records = Records.parse(checkpoint, checkpoint_every, tensorboard)
+    prepared, options = _prepared(model, data, columns, options, Request(binarise, validation, test, data_seed))
+    rows = prepared.rows
+    ready = plan(model, rows.x, chosen, options, rows.columns, records, prepared.companions)
     warn_of_unread([ready])
-    return ready.run(seed, progress=progress)
+    refuse_without_records([ready])
+    fitted = ready.run(seed, progress=progress)
+    fitted.entry.levels = dict(rows.levels)
+    return fitted
 
 
-def one_method(guide: str | None, method: str | None) -> str:
-    """Return the method that ``guide`` or ``method`` names, mean-field if neither does.
+def one_method(guide: str | None, method: str | None) -> str | None:
+    """Return the method that ``guide`` or ``method`` names, None if neither does.
 
     Raises
     ------
@@ -153,7 +193,7 @@ def one_method(guide: str | None, method: str | None) -> str:
         For both at once, or an unknown guide.
     """
     if guide is None:
-        return "mean-field" if method is None else method
+        return method
     if method is not None:
         raise InvalidInput(f"found guide {guide!r} and method {method!r}, expected one of the two")
     if guide not in guides.ALL_NAMES:
@@ -165,10 +205,17 @@ def compare(
     model: Model,
     data: Any,
     *,
-    methods: Iterable[str] | None = None,
+    methods: Iterable[str | None] | None = None,
     seeds: int | Iterable[int] = 3,
     columns: list[str] | None = None,
+    binarise: str | None = None,
+    validation: Any = None,
+    test: Any = None,
+    data_seed: int = 0,
     out: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = EVERY,
+    tensorboard: str | Path | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Comparison:
@@ -176,8 +223,12 @@ def compare(
 
     Parameters
     ----------
-    model, data, columns, progress, **options
+    model, data, columns, checkpoint, checkpoint_every, tensorboard, progress, **options
         See :func:`fit`; an option goes to every method that reads it.
+    binarise, validation, test, data_seed
+        See :func:`fit`. With rows held out, the table has columns about them: those of ``test``, or of ``validation``
+        where there is no test. They say NaN where a guide has no q for new rows, and where a latent is global and
+        log p(x' given x) is not exact.
     methods : iterable of str, optional
         Methods; by default those of em, mean-field and amortized that apply, and for a global latent
         mean-field, full-rank and laplace. ``"all"`` fits the five ways to a q of each datum to one model.
@@ -193,19 +244,71 @@ def compare(
     NumericalFailure
         If a fit breaks down, or a bound exceeds the truth.
     """
-    rows, options = _load(model, data, columns, options)
+    records = Records.parse(checkpoint, checkpoint_every, tensorboard)
+    prepared, options = _prepared(model, data, columns, options, Request(binarise, validation, test, data_seed))
+    rows = prepared.rows
     if methods is None:
         methods = default_methods(_entry_for(model, rows, options))
     chosen = [methods] if isinstance(methods, str) else list(methods)
     if out is not None:
         writable_directory(out)
     computed = run_comparison(
-        model, rows.x, chosen, seeds, options, name=rows.name, names=rows.columns, progress=progress
+        model,
+        rows.x,
+        chosen,
+        seeds,
+        options,
+        name=rows.name,
+        names=rows.columns,
+        records=records,
+        companions=prepared.companions,
+        arguments=prepared.arguments,
+        progress=progress,
     )
+    for fitted in computed.fits:
+        fitted.entry.levels = dict(rows.levels)
     results = from_results(computed, rows.labels)
     if out is not None:
         results.save(out)
     return results
+
+
+def rate_distortion(
+    model: Model,
+    data: Any,
+    weights: float | Iterable[float] = WEIGHTS,
+    seeds: int | Iterable[int] = 1,
+    *,
+    guide: str = "amortized",
+    columns: list[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> RateDistortion:
+    """Fit one model by the objective ``beta`` at several β, and hold rate against distortion.
+
+    Parameters
+    ----------
+    model, data, columns, progress, **options
+        See :func:`fit`; ``objective`` and ``kl_weight`` are given by ``weights``.
+    weights : float or iterable of float
+        Values of β, above 0.
+    seeds : int or iterable of int
+        Number of seeds, or the seeds themselves.
+    guide : str
+        A guide whose q has a density, for latents that belong to the rows.
+
+    Raises
+    ------
+    InvalidInput
+        For anything unknown, out of range, or that does not fit together.
+    NumericalFailure
+        If a fit breaks down, or an ELBO exceeds the evidence.
+    """
+    rows, options = _load(model, data, columns, options)
+    computed = run_rate_distortion(
+        model, rows.x, guide, weights, seeds, options, name=rows.name, names=rows.columns, progress=progress
+    )
+    return curve_from_results(computed)
 
 
 def load_fit(directory: str | Path) -> Fit:
@@ -229,6 +332,18 @@ def tutorial(model: str, path: str | Path, *, guide: str | None = None) -> Path:
     return write_tutorial(model, path, guide=guide)
 
 
+def _prepared(
+    model: Model, data: Any, columns: Sequence[str] | str | None, options: dict[str, Any], request: Request
+) -> tuple[Prepared, dict[str, Any]]:
+    """Load the data in the form that the model takes, with binary pixels and rows set aside where that is asked for."""
+    rows, options = _load(model, data, columns, options)
+
+    def load(source: Any, like: Dataset) -> Dataset:
+        return _load(model, source, like.columns, options)[0]
+
+    return prepare(_entry_class(model), rows, options, request, load), options
+
+
 def _load(
     model: Model, data: Any, columns: Sequence[str] | str | None, options: dict[str, Any]
 ) -> tuple[Dataset, dict[str, Any]]:
@@ -246,7 +361,13 @@ def _load(
     if columns is not None:
         picked = [columns] if isinstance(columns, str) else list(columns)
         columns = [*picked, *(column for column in named if column not in picked)]
-    rows = load_data(data, columns, keys=list(keys.values()), missing=cls.allows_missing)
+    rows = load_data(
+        data,
+        columns,
+        keys=list(keys.values()),
+        missing=cls.allows_missing,
+        missing_labels=any(roles[option].may_be_blank for option in keys),
+    )
     for column in named:
         if column not in rows.columns:
             load_data(data, [column])  # says why it was left out

@@ -31,8 +31,50 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 Data = Annotated[
     str,
     typer.Option(
-        "--data", "-d", metavar="D", help="Name of a data set, simulate:MODEL, or a CSV or Parquet file with a header."
+        "--data",
+        "-d",
+        metavar="D",
+        help="Name of a data set, simulate:MODEL, a CSV or Parquet file with a header, or a NPY or NPZ file.",
     ),
+]
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", metavar="DIR", help="Folder with your IDX files, for --data mnist and fashion-mnist."),
+]
+Subset = Annotated[
+    str | None,
+    typer.Option(
+        "--split", metavar="PART", help="Of mnist and fashion-mnist: train, which is the default, test or all."
+    ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", metavar="NAME", help="Array of a NPZ file that holds the rows, if it holds several."),
+]
+Binarise = Annotated[
+    str | None,
+    typer.Option(
+        "--binarise",
+        metavar="HOW",
+        help="Make binary pixels: threshold, static (one draw) or stochastic (drawn anew at each step).",
+    ),
+]
+ValidationRows = Annotated[
+    str | None,
+    typer.Option(
+        "--validation",
+        metavar="SHARE",
+        help="Share of the rows to stop by, as in --set patience=5, or data of their own.",
+    ),
+]
+TestRows = Annotated[
+    str | None,
+    typer.Option(
+        "--test", metavar="SHARE", help="Share of the rows to report held-out figures of, or data of their own."
+    ),
+]
+DataSeed = Annotated[
+    int, typer.Option("--data-seed", min=0, metavar="SEED", help="Seed of the split and of the draw of binary pixels.")
 ]
 Columns = Annotated[
     str | None, typer.Option("--columns", metavar="A,B", help="Columns of the file to use, separated by commas.")
@@ -47,8 +89,40 @@ Out = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="DIR", help="Directory for what the run leaves behind.")
 ]
 
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="DIR",
+        help="Directory in which fits leave where they stand; the same command goes on from there.",
+    ),
+]
+CheckpointEvery = Annotated[
+    int, typer.Option("--checkpoint-every", min=1, metavar="N", help="Steps from one checkpoint to the next.")
+]
+TensorBoard = Annotated[
+    Path | None,
+    typer.Option("--tensorboard", metavar="DIR", help="Directory for logs of the fits; needs elbozoo[tensorboard]."),
+]
+
+CHECKPOINT_STEPS = 500  # that of inference/checkpoints.py, which is not imported for a page of help
 TABLE_WIDTH = 200
-COMMAND_NAMES = ("model", "data", "methods", "seeds", "columns", "out", "progress")
+COMMAND_NAMES = (
+    "model",
+    "data",
+    "methods",
+    "seeds",
+    "columns",
+    "binarise",
+    "validation",
+    "test",
+    "data_seed",
+    "out",
+    "checkpoint",
+    "checkpoint_every",
+    "tensorboard",
+    "progress",
+)
 
 
 def main() -> None:
@@ -142,17 +216,42 @@ def fit_command(
     settings: Settings = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
     columns: Columns = None,
+    root: Root = None,
+    split: Subset = None,
+    key: Key = None,
+    binarise: Binarise = None,
+    validation: ValidationRows = None,
+    test: TestRows = None,
+    data_seed: DataSeed = 0,
     out: Out = None,
+    checkpoint: Checkpoint = None,
+    checkpoint_every: CheckpointEvery = CHECKPOINT_STEPS,
+    tensorboard: TensorBoard = None,
     as_json: Json = False,
 ) -> None:
     """Fit one model by one method and print its ledger."""
     from elbozoo.api import compare, one_method
     from elbozoo.inference.storage import writable_directory
+    from elbozoo.words import NOT_A_BOUND
 
     chosen = one_method(guide, method)
     if out is not None:
         writable_directory(out)
-    result = compare(model, data, methods=[chosen], seeds=[seed], columns=_names(columns), **_settings(settings))
+    result = compare(
+        model,
+        _source(data, root, split, key),
+        methods=[chosen],
+        seeds=[seed],
+        columns=_names(columns),
+        binarise=binarise,
+        validation=_share(validation),
+        test=_share(test),
+        data_seed=data_seed,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        tensorboard=tensorboard,
+        **_settings(settings),
+    )
     (fit,) = result.fits
     if out is not None:
         fit.save(out)
@@ -160,7 +259,10 @@ def fit_command(
     if as_json:
         _print_json(result.document())
         return
-    rows = [[name, _cell(value)] for name, value in result.table.iloc[0].items()]
+    figures = result.table.iloc[0]
+    rows = [[name, _cell(value)] for name, value in figures.items()]
+    if not figures["is_bound"]:
+        rows = [[name, NOT_A_BOUND if name in ("elbo", "heldout_elbo") else cell] for name, cell in rows]
     _console().print(
         _table(
             f"{model} on {result.data['name']} by {chosen} (nats, totals over {result.data['rows']} rows)",
@@ -185,14 +287,37 @@ def compare_command(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, counted from 0.")] = 3,
     settings: Settings = None,
     columns: Columns = None,
+    root: Root = None,
+    split: Subset = None,
+    key: Key = None,
+    binarise: Binarise = None,
+    validation: ValidationRows = None,
+    test: TestRows = None,
+    data_seed: DataSeed = 0,
     out: Out = None,
+    checkpoint: Checkpoint = None,
+    checkpoint_every: CheckpointEvery = CHECKPOINT_STEPS,
+    tensorboard: TensorBoard = None,
     as_json: Json = False,
 ) -> None:
     """Fit one model by several methods and hold every bound against the exact log p(x)."""
     from elbozoo.api import compare
 
     result = compare(
-        model, data, methods=_names(methods), seeds=seeds, columns=_names(columns), out=out, **_settings(settings)
+        model,
+        _source(data, root, split, key),
+        methods=_names(methods),
+        seeds=seeds,
+        columns=_names(columns),
+        binarise=binarise,
+        validation=_share(validation),
+        test=_share(test),
+        data_seed=data_seed,
+        out=out,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        tensorboard=tensorboard,
+        **_settings(settings),
     )
     _print_notes(result)
     if as_json:
@@ -236,6 +361,23 @@ def _settings(settings: list[str] | None) -> dict[str, Any]:
     return parsed
 
 
+def _source(data: str, root: Path | None, split: str | None, key: str | None) -> Any:
+    """Return the data set where more than its name is needed, and else its name."""
+    if (root, split, key) == (None, None, None) and data not in ("mnist", "fashion-mnist"):
+        return data
+    from elbozoo.api import load_data
+
+    return load_data(data, root=root, split=split, key=key)
+
+
+def _share(text: str | None) -> float | str | None:
+    """Return a number as one, and anything else as the data that it names."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
@@ -276,6 +418,8 @@ def _print_table(frame: pd.DataFrame, as_json: bool) -> None:
 
 
 def _print_summary(result: Comparison) -> None:
+    from elbozoo.words import NOT_A_BOUND
+
     shown = {
         "elbo": "ELBO",
         "log_evidence": "log p(x)",
@@ -285,17 +429,48 @@ def _print_summary(result: Comparison) -> None:
         "learning_gap": "learning gap",
         "seconds": "seconds",
     }
+    # Beside the ELBO, where q is trained on corrupted rows.
+    is_denoising = bool(result.table["denoising_elbo"].notna().any())
+    header = list(shown.values())
+    if is_denoising:
+        header.insert(1, "denoising ELBO")
     rows = []
     for method, figures in result.summary.iterrows():
         of_method = result.table[result.table["method"] == method]
         kind = _cell(of_method["log_evidence_kind"].iloc[0])
         converged = f"{int(of_method['converged'].sum())}/{len(of_method)}"
         cells = [_mean_and_deviation(figures[name, "mean"], figures[name, "std"]) for name in shown]
+        if not of_method["is_bound"].any():
+            cells[0] = NOT_A_BOUND
+        if is_denoising:
+            denoising = of_method["denoising_elbo"]
+            cells.insert(1, _mean_and_deviation(denoising.mean(), denoising.std()))
         rows.append([method, *cells, kind, _cell(of_method["khat_max"].max()), converged])
     title = (
         f"{result.model} on {result.data['name']}: nats, totals over {result.data['rows']} rows, mean ± sd over seeds"
     )
-    _console().print(_table(title, ["method", *shown.values(), "evidence", "k-hat", "converged"], rows))
+    _console().print(_table(title, ["method", *header, "evidence", "k-hat", "converged"], rows))
+    if result.heldout:
+        _print_heldout(result, result.heldout["part"], result.heldout["rows"])
+
+
+def _print_heldout(result: Comparison, part: str, count: int) -> None:
+    from elbozoo.inference.comparison import HELDOUT_SUMMARISED
+    from elbozoo.words import NOT_A_BOUND
+
+    rows = []
+    for method, figures in result.summary.iterrows():
+        of_method = result.table[result.table["method"] == method]
+        moments = [(figures[name, "mean"], figures[name, "std"]) for name in HELDOUT_SUMMARISED]
+        totals = [_mean_and_deviation(mean, deviation) for mean, deviation in moments]
+        per_datum = [_cell(float(mean) / count) for mean, _ in moments]
+        if not of_method["is_bound"].any():
+            totals[0] = per_datum[0] = NOT_A_BOUND
+        rows.append([method, *totals, *per_datum, _cell(of_method["heldout_log_evidence_kind"].iloc[0])])
+    title = f"held out: nats, totals over {count} {part} rows and per datum; - where there is no q for new rows"
+    _console().print(
+        _table(title, ["method", "ELBO", "log p(x)", "ELBO per datum", "log p(x) per datum", "evidence"], rows)
+    )
 
 
 def _print_notes(result: Comparison) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,34 +13,50 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from elbozoo.idx import load_labelled_images
+from elbozoo.sprites import FACTOR_NAMES, SIDE, sprites
+
 STANDARDISED = "-standardised"
 
 
 class Table(NamedTuple):
-    """What a loader returns: rows (N, D), column names, classes (N,) where known."""
+    """What a loader returns: rows (N, D), column names, classes (N,) where known, factors (N, F) with names likewise.
+
+    The image shape is given where it is known from the files alone.
+    """
 
     x: npt.NDArray[np.float64]
     columns: list[str]
     labels: npt.NDArray[np.int64] | None
+    factors: npt.NDArray[np.int64] | None = None
+    factor_names: tuple[str, ...] = ()
+    image_shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a named data set without loading it."""
+    """What is known of a named data set without loading it.
 
-    load: Callable[[], Table]
+    ``load`` takes no argument, or ``root`` and ``split`` where ``is_brought``: the files are the user's. ``top`` is the
+    largest value that a cell can take, where that is known.
+    """
+
+    load: Callable[..., Table]
     rows: int
     columns: int
     kind: str
     description: str
     source: str
     image_shape: tuple[int, int] | None = None
+    top: float | None = None
+    is_brought: bool = False
 
 
 def list_datasets() -> pd.DataFrame:
     """Return a table of the named data sets; loads none of them.
 
-    Besides these names, :func:`load_data` takes ``simulate:MODEL``, files, frames, arrays and tensors.
+    Besides these names, :func:`load_data` takes ``simulate:MODEL``, files, frames, arrays and tensors. The files of
+    ``mnist`` and ``fashion-mnist`` are brought by the user; the rows are those of ``split="train"``.
 
     Returns
     -------
@@ -105,6 +122,20 @@ def _role_conflict() -> Table:
     return Table(np.repeat(patterns, counts, axis=0), ["A", "B", "C", "D"], None)
 
 
+def _idx(name: str, folder: str, root: str | os.PathLike[str] | None = None, split: str = "train") -> Table:
+    images, labels = load_labelled_images(name, root, folder, split)
+    height, width = images.shape[1:]
+    columns = [f"pixel_{row}_{column}" for row in range(height) for column in range(width)]
+    x = images.reshape(len(images), -1).astype(np.float64)
+    return Table(x, columns, labels, image_shape=(height, width))
+
+
+def _sprites() -> Table:
+    images, factors = sprites()
+    columns = [f"pixel_{row}_{column}" for row in range(SIDE) for column in range(SIDE)]
+    return Table(images, columns, factors[:, FACTOR_NAMES.index("shape")], factors, FACTOR_NAMES)
+
+
 def _standardise(load: Callable[[], Table]) -> Table:
     table = load()
     return table._replace(x=(table.x - table.x.mean(axis=0)) / table.x.std(axis=0))
@@ -125,6 +156,28 @@ _DIGITS = Facts(
     source="scikit-learn load_digits; E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, "
     "UCI Machine Learning Repository, 1998 (its test set)",
     image_shape=(8, 8),
+    top=16.0,
+)
+_MNIST = Facts(
+    functools.partial(_idx, "mnist", "MNIST/raw"),
+    rows=60_000,
+    columns=784,
+    kind="count",
+    description="handwritten digits, 28 x 28 pixels, each a byte of ink from 0 to 255; labels: the digit; from your "
+    "own IDX files in root=DIR, 60000 to train with and 10000 to test with (split=train, test or all)",
+    source="Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, Gradient-based learning applied to document recognition, "
+    "Proceedings of the IEEE 86, 2278-2324, 1998",
+    image_shape=(28, 28),
+    top=255.0,
+    is_brought=True,
+)
+_FASHION_MNIST = replace(
+    _MNIST,
+    load=functools.partial(_idx, "fashion-mnist", "FashionMNIST/raw"),
+    description="articles of clothing, 28 x 28 pixels, each a byte of grey from 0 to 255; labels: the kind, 0 to 9; "
+    "from your own IDX files in root=DIR, 60000 to train with and 10000 to test with (split=train, test or all)",
+    source="H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST: a novel image dataset for benchmarking machine learning "
+    "algorithms, arXiv 1708.07747, 2017",
 )
 _RAW = {
     "digits": _DIGITS,
@@ -134,6 +187,7 @@ _RAW = {
         kind="binary",
         description="handwritten digits, 8 x 8 pixels: 1 where digits has 8 or more of 16, otherwise 0; "
         "labels: the digit",
+        top=1.0,
     ),
     "iris": Facts(
         functools.partial(_scikit_learn, "iris"),
@@ -211,5 +265,18 @@ _RAW = {
         "1951, as in L. A. Goodman, Exploratory latent structure analysis using both identifiable and unidentifiable "
         "models, Biometrika 61, 215-231, 1974",
     ),
+    "sprites": Facts(
+        _sprites,
+        rows=768,
+        columns=256,
+        kind="binary",
+        description="a square, an ellipse or a heart of 4 sizes at 8 x 8 places, one image of 16 x 16 pixels for each "
+        "combination of these factors; labels: the shape",
+        source="drawn by elbozoo; after L. Matthey et al., dSprites: Disentanglement testing Sprites dataset, 2017",
+        image_shape=(SIDE, SIDE),
+        top=1.0,
+    ),
+    "mnist": _MNIST,
+    "fashion-mnist": _FASHION_MNIST,
 }
 NAMED = _RAW | {name + STANDARDISED: _standardised(facts) for name, facts in _RAW.items() if facts.kind == "continuous"}

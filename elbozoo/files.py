@@ -1,4 +1,4 @@
-"""Tables in files: CSV and Parquet, with a header; what is no table of numbers is refused in one line."""
+"""Tables in files, CSV and Parquet with a header, and arrays in NPY and NPZ files; all else is refused in one line."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.words import as_number, count, flat, refuse_duplicates, short
 
 logger = logging.getLogger(__name__)
 
 PARQUET_SUFFIXES = {".parquet", ".pq"}
-FILE_SUFFIXES = PARQUET_SUFFIXES | {".csv", ".tsv", ".txt"}
+ARRAY_SUFFIXES = {".npy", ".npz"}
+FILE_SUFFIXES = PARQUET_SUFFIXES | ARRAY_SUFFIXES | {".csv", ".tsv", ".txt"}
+ROW_KEYS = ("x", "X", "images", "data", "arr_0")
+LABEL_KEYS = ("y", "labels")
 SEPARATORS = (",", ";", "\t")
 UNNAMED = re.compile(r"Unnamed: \d+")
 
@@ -42,8 +47,92 @@ def read_labels(path: Path, where: str, names: Sequence[str]) -> pd.DataFrame:
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether the name of a file says that it is Parquet; all others are read as CSV."""
+    """Whether the name of a file says that it is Parquet."""
     return path.suffix.lower() in PARQUET_SUFFIXES
+
+
+def is_array(path: Path) -> bool:
+    """Whether the name of a file says that it is NumPy's; all that are neither these nor Parquet are read as CSV."""
+    return path.suffix.lower() in ARRAY_SUFFIXES
+
+
+class Arrays(NamedTuple):
+    """What a NumPy file gives: an array of numbers, not checked, and the class of each of its rows where it says so."""
+
+    x: npt.NDArray[Any]
+    labels: npt.NDArray[Any] | None
+
+
+def read_arrays(path: Path, where: str, key: str | None) -> Arrays:
+    """Return the array in a NPY file, or the one called ``key`` in a NPZ file, with its labels.
+
+    Without ``key`` a NPZ file gives its only array, or the one called x, X, images, data or arr_0 if just one of these
+    is there. Labels are what is called y or labels, or, for an array such as x_train, y_train.
+
+    Raises
+    ------
+    InvalidInput
+        If the file cannot be read, holds Python objects, or does not tell which array is meant.
+    """
+    loaded = _loaded(lambda: np.load(path, allow_pickle=False), where)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        if key is not None:
+            raise InvalidInput(f"{where}: found key={key!r} for a single array; expected it for several; leave it out")
+        return Arrays(loaded, None)
+    # Its arrays are read one by one, so that those that nobody wants cost nothing.
+    with loaded as archive:
+        names = list(archive.files)
+        chosen = _row_key(where, names, key, lambda name: _loaded(lambda: archive[name], where).shape)
+        labels = next((name for name in _label_keys(chosen) if name in names and name != chosen), None)
+        x = _loaded(lambda: archive[chosen], where)
+        return Arrays(x, None if labels is None else _loaded(lambda: archive[labels], where))
+
+
+def _loaded(load: Callable[[], Any], where: str) -> Any:
+    try:
+        return load()
+    # A corrupt file fails anywhere inside NumPy, zipfile and zlib.
+    except Exception as error:
+        if "Object arrays cannot be loaded" in str(error):
+            raise InvalidInput(
+                f"{where}: found an array of Python objects, as images of unequal shape or text are saved; expected "
+                "numbers, one shape for all rows; resize or crop the images and save numpy.stack(images)"
+            ) from None
+        raise InvalidInput(
+            f"{where} cannot be read as NumPy's ({short(flat(error), 120)}); expected a whole file by numpy.save or "
+            "numpy.savez; write it again"
+        ) from None
+
+
+def _row_key(where: str, names: list[str], key: str | None, shape_of: Callable[[str], tuple[int, ...]]) -> str:
+    if key is not None:
+        if key not in names:
+            raise unknown_name(f"array of {where}", key, names)
+        return key
+    if not names:
+        raise InvalidInput(f"{where}: found no array; expected at least 1; save one with numpy.savez(path, x=x)")
+    others = [name for name in names if name not in LABEL_KEYS]
+    known = [name for name in ROW_KEYS if name in names]
+    if len(others) == 1 or len(names) == 1:
+        return (others or names)[0]
+    numbered = all(name.startswith("arr_") for name in others)
+    if len(known) == 1 and not numbered:
+        return known[0]
+    shapes = {name: shape_of(name) for name in others}
+    listed = short(", ".join(f"{name} {shape}" for name, shape in shapes.items()), 200)
+    if numbered and len(set(shapes.values())) > 1 and len({len(shape) for shape in shapes.values()}) == 1:
+        raise InvalidInput(
+            f"{where}: found images of unequal shape, {listed}; expected one array of images of one shape; resize or "
+            "crop them and save numpy.stack(images), or pick an array with key=NAME or --key NAME"
+        )
+    raise InvalidInput(
+        f"{where}: found the arrays {listed}; expected one that holds the rows; pick it with key=NAME or --key NAME"
+    )
+
+
+def _label_keys(key: str) -> list[str]:
+    beside = [f"y{key[1:]}"] if key.startswith("x_") else []
+    return [*beside, *LABEL_KEYS]
 
 
 def _read_parquet(path: Path, where: str) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import matplotlib.style
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -31,6 +32,8 @@ from torch import Tensor
 
 from elbozoo.inference.comparison import Comparison
 from elbozoo.inference.fit import Fit
+from elbozoo.inference.rate_distortion import RateDistortion
+from elbozoo.words import NOT_A_BOUND
 
 Floats = npt.NDArray[np.float64]
 
@@ -40,6 +43,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#4D4D4D", "#CC79A7", "#E
 CLASS_PALETTE = (*PALETTE, "#882255", "#999933", "#332288")  # the last three are Tol's
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p", "h")
 INK, FAINT = "#222222", "#6B6B6B"
+GAP, BEYOND = "#E69F00", "#EFEFEF"
 STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
@@ -229,6 +233,22 @@ def latent_space(comparison: Comparison, labels: Tensor | None = None) -> Figure
             ax.set_axis_off()
         if classes is not None:
             _label_key(figure, axes, classes)
+    return figure
+
+
+def rate_distortion(curve: RateDistortion) -> Figure:
+    """Draw distortion against rate, a point for each fit and a line through the means of each β.
+
+    A line of slope -1 joins what has the same ELBO as the best of the fits. Under a point a stroke leads down to where
+    it would be if its q were the posterior: its length is the gap. Below the best log p(x) of the fits' models there is
+    nothing that one of them could reach. Both are left out where no evidence is known.
+    """
+    with _styled():
+        keys = _curve_of_rates_handles(curve)
+        figure = _figure(7.4, 4.9 + _legend_height(keys, 7.4))
+        _head(figure, f"{_curve_title(curve)}: rate and distortion by β")
+        _draw_rates(figure.subplots(), curve)
+        _outside_legend(figure, keys)
     return figure
 
 
@@ -434,7 +454,7 @@ def _draw_bars(ax: Axes, bars: list[LedgerBar]) -> None:
             ax.plot(bar.seeds, [place] * len(bar.seeds), ls="none", marker="|", ms=13, mew=1.3, color=INK, zorder=3)
         else:
             ax.annotate(
-                "no bound",
+                NOT_A_BOUND,
                 (left, place),
                 (7, 0),
                 textcoords="offset points",
@@ -573,6 +593,77 @@ def _label_key(figure: Figure, axes: Any, classes: npt.NDArray[Any]) -> None:
         return
     handles: list[Artist] = [Line2D([], [], ls="none", ms=6, label=f"{v}", **look) for look, v in _class_looks(classes)]
     _outside_legend(figure, handles, title="label")
+
+
+# ---- rate and distortion ---------------------------------------------------------------------------------------------
+
+
+def _draw_rates(ax: Axes, curve: RateDistortion) -> None:
+    rows = curve.data["rows"]
+    points = curve.table[["weight", "rate", "distortion", "log_evidence"]].copy()
+    points[["rate", "distortion", "log_evidence"]] /= rows
+    best_elbo, evidence = float(curve.table["elbo"].max()) / rows, curve.best_log_evidence / rows
+    left, right, bottom, top = _rate_limits(points, best_elbo, evidence)
+    ends = np.array([left, right])
+    ax.plot(ends, -best_elbo - ends, color=INK, lw=1.1, ls=(0, (5, 3)), zorder=2)
+    if math.isfinite(evidence):
+        ax.fill_between(ends, -evidence - ends, bottom, color=BEYOND, lw=0, zorder=1)
+        ax.plot(ends, -evidence - ends, color=INK, lw=1.2, ls=":", zorder=2)
+        own = -points["log_evidence"] - points["rate"]
+        ax.vlines(points["rate"], own, points["distortion"], color=GAP, lw=2.2, zorder=2)
+    means = points.groupby("weight")[["rate", "distortion"]].mean()
+    ax.plot(means["rate"], means["distortion"], color=PALETTE[0], lw=1.4, alpha=0.7, zorder=3)
+    ax.plot(
+        points["rate"], points["distortion"], ls="none", marker="o", ms=6.5, color=PALETTE[0], mec="white", zorder=4
+    )
+    ax.set_xlim(left, right)
+    ax.set_ylim(bottom, top)
+    halo = [withStroke(linewidth=3, foreground="white")]
+    for weight, (rate, distortion) in zip(means.index, means.to_numpy(), strict=True):
+        # Up and to the right of a falling curve there is room.
+        ax.annotate(
+            f"β = {weight:g}",
+            (rate, distortion),
+            (7, 6),
+            textcoords="offset points",
+            fontweight="bold",
+            path_effects=halo,
+            zorder=5,
+        )
+    ax.set_xlabel("rate, KL(q ‖ prior), nats per datum")
+    ax.set_ylabel("distortion, −E[log p(x | z)], nats per datum")
+
+
+def _rate_limits(points: pd.DataFrame, best_elbo: float, evidence: float) -> tuple[float, float, float, float]:
+    """Return left, right, bottom and top: all points, and both lines where the points are."""
+    rate, distortion = points["rate"], points["distortion"]
+    width, height = max(float(np.ptp(rate)), 0.5), max(float(np.ptp(distortion)), 0.5)
+    left = min(0.0, float(rate.min())) - 0.02 * width
+    right = float(rate.max()) + 0.14 * (float(rate.max()) - left)
+    nearest = float(rate[distortion.idxmin()])
+    floors = [float(distortion.min()), -max(best_elbo, evidence if math.isfinite(evidence) else best_elbo) - nearest]
+    return left, right, min(floors) - 0.06 * height, float(distortion.max()) + 0.1 * height
+
+
+def _curve_of_rates_handles(curve: RateDistortion) -> list[Artist]:
+    each = "a fit at each β" if curve.table["seed"].nunique() == 1 else "a fit at each β and seed; line: means"
+    handles: list[Artist] = [
+        Line2D([], [], color=PALETTE[0], marker="o", ms=6.5, mec="white", lw=1.4, label=each),
+        Line2D([], [], color=INK, lw=1.1, ls=(0, (5, 3)), label="equal to the best ELBO"),
+    ]
+    if math.isfinite(curve.best_log_evidence):
+        handles += [
+            Line2D([], [], color=GAP, lw=2.2, label="gap to log p(x) at its own θ"),
+            Line2D([], [], color=INK, lw=1.2, ls=":", label="best log p(x) at a θ of these fits"),
+            Patch(facecolor=BEYOND, label="out of reach at all of them"),
+        ]
+    return handles
+
+
+def _curve_title(curve: RateDistortion) -> str:
+    seeds = curve.table["seed"].nunique()
+    size = f"{curve.data['rows']} rows, {seeds} seed{'' if seeds == 1 else 's'}"
+    return f"{_short(curve.model)} on {_short(curve.data['name'])} ({size})"
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------

@@ -20,9 +20,11 @@ from elbozoo.data import FILE_SUFFIXES, SIMULATE, SIMULATED_ROWS, list_datasets
 from elbozoo.inference.comparison import Comparison
 from elbozoo.inference.fit import Fit
 from elbozoo.inference.storage import writable_directory
-from elbozoo.models.contract.entry import Program
+from elbozoo.models.contract.entry import Corrupts, Program
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.plots import number
+from elbozoo.preparation import OWN
+from elbozoo.words import NOT_A_BOUND
 
 LEVEL = 1e-3  # nats per datum; figures closer than this are called level
 MOSTLY = 0.995
@@ -37,6 +39,9 @@ SUMMARY_COLUMNS = {
     "learning_gap": "learning gap",
     "kl": "KL(q ‖ posterior)",
 }
+
+LOADING = ("root", "split", "key")  # arguments of load_data; the others are those of compare, too
+HELDOUT_COLUMNS = {"heldout_elbo": "ELBO", "heldout_log_evidence": "log p(x)"}
 
 AMORTIZATION_REASONS = {
     "free": "its family holds a closer q for the data, and optimisation stopped short of it",
@@ -60,6 +65,10 @@ GLOSSARY = {
     "than too large; the standard error covers chance only, not this bias.",
     "ELBO": "E_q[log p(x, z) − log q(z)], a lower bound of log p(x), evaluated once more at the end from fresh draws, "
     "always for the plain bound.",
+    NOT_A_BOUND: "Stands for the ELBO of a q without a density, such as the point that an autoencoder makes of a row. "
+    "What such a method maximises bounds nothing and cannot be compared with an ELBO.",
+    "denoising ELBO": "E over corrupted rows x̃ and z from q(z given x̃) of log p(x, z) − log q(z given x̃), where q is "
+    "trained on corrupted rows: a lower bound of log p(x) as well. The ELBO beside it has q see the rows as they are.",
     "objective": "What the method maximised, averaged over its last hundred steps (for EM, its iterations). It is not "
     "the ELBO column: it may be another quantity altogether, and where it is the ELBO it is a noisy value along "
     "the way, not at the end.",
@@ -153,6 +162,7 @@ def html(comparison: Comparison) -> str:
     sections = [
         _section("In words", _list(headline(comparison), "headline")),
         _section("Summary", _summary_table(comparison)),
+        _section("Held-out rows", _heldout_table(comparison)),
         _section("Along the fits", _curves_figure(comparison)),
         _section("Where the nats go", _ledger_figure(comparison)),
         _section("Latent space", _latent_figure(comparison)),
@@ -387,14 +397,25 @@ def _count(n: int, noun: str) -> str:
 
 def _summary_table(comparison: Comparison) -> str:
     rows = comparison.data["rows"]
-    head = ["method", *SUMMARY_COLUMNS.values(), "largest k-hat", "seconds", "converged"]
+    is_denoising = bool(comparison.table["denoising_elbo"].notna().any())
+    columns = list(SUMMARY_COLUMNS)
+    if is_denoising:
+        columns.insert(columns.index("elbo") + 1, "denoising_elbo")
+    names = {**SUMMARY_COLUMNS, "denoising_elbo": "denoising ELBO"}
+    head = ["method", *(names[column] for column in columns), "largest k-hat", "seconds", "converged"]
     body = []
     for method, figures in comparison.summary.iterrows():
         of_method = comparison.table[comparison.table["method"] == method]
         guide, kind = of_method["guide"].iloc[0], ", ".join(_kinds(comparison, [str(method)]))
         cells = [f'<th scope="row">{escape(str(method))}<small>{escape(str(guide))}</small></th>']
-        for name in SUMMARY_COLUMNS:
-            mean, deviation = float(figures[name, "mean"]), float(figures[name, "std"])
+        for name in columns:
+            if name == "elbo" and not of_method["is_bound"].any():
+                cells.append(f"<td>{NOT_A_BOUND}</td>")
+                continue
+            if name == "denoising_elbo":  # of one model alone, and no part of every summary
+                mean, deviation = float(of_method[name].mean()), float(of_method[name].std())
+            else:
+                mean, deviation = float(figures[name, "mean"]), float(figures[name, "std"])
             small = [number(mean / rows, 4), kind if name == "log_evidence" else ""] if math.isfinite(mean) else []
             cells.append(
                 f"<td>{_mean_and_deviation(mean, deviation, 2)}<small>{', '.join(filter(None, small))}</small></td>"
@@ -415,16 +436,47 @@ def _summary_table(comparison: Comparison) -> str:
     return _table(head, body, caption)
 
 
+def _heldout_table(comparison: Comparison) -> str:
+    about = comparison.heldout
+    if about is None:
+        return ""
+    rows = about["rows"]
+    body = []
+    for method, figures in comparison.summary.iterrows():
+        of_method = comparison.table[comparison.table["method"] == method]
+        kind = ", ".join(of_method["heldout_log_evidence_kind"].dropna().unique())
+        cells = [f'<th scope="row">{escape(str(method))}</th>']
+        for name in HELDOUT_COLUMNS:
+            if name == "heldout_elbo" and not of_method["is_bound"].any():
+                cells.append(f"<td>{NOT_A_BOUND}</td>")
+                continue
+            mean, deviation = float(figures[name, "mean"]), float(figures[name, "std"])
+            small = [number(mean / rows, 4), kind if "evidence" in name else ""] if math.isfinite(mean) else []
+            cells.append(
+                f"<td>{_mean_and_deviation(mean, deviation, 2)}<small>{', '.join(filter(None, small))}</small></td>"
+            )
+        body.append(cells)
+    part = f"{about['part']} row"
+    what = "no fit saw them" if about["part"] == "test" else "no fit learned from them, but they may have ended one"
+    caption = (
+        f"Nats, totals over {_count(rows, part)}, mean ± standard deviation over the seeds; in small type the figure "
+        f"per datum, and of which kind log p(x) is. These rows are not among those of the fits: {what}. "
+        "An en dash stands where a method has no q for other rows than its own, and where one latent serves the whole "
+        "data set and log p of new rows given those of the fit is not exact."
+    )
+    return _table(["method", *HELDOUT_COLUMNS.values()], body, caption)
+
+
 def _full_table(comparison: Comparison) -> str:
     columns = list(comparison.table.columns)
-    texts = {"method", "guide", "log_evidence_kind"}
+    texts = {"method", "guide", "log_evidence_kind", "heldout_log_evidence_kind"}
     body = []
     for row in comparison.table.to_dict("records"):
+        shown = {name: _cell(value) for name, value in row.items()}
+        if not row["is_bound"]:
+            shown |= dict.fromkeys({"elbo", "heldout_elbo"} & set(shown), NOT_A_BOUND)
         body.append(
-            [
-                f'<td class="text">{escape(_cell(row[n]))}</td>' if n in texts else f"<td>{_cell(row[n])}</td>"
-                for n in columns
-            ]
+            [f'<td class="text">{escape(shown[n])}</td>' if n in texts else f"<td>{shown[n]}</td>" for n in columns]
         )
     caption = (
         "A row per method and seed; nats, totals over the rows. _se is a standard error; for quadrature the error of "
@@ -501,7 +553,7 @@ def _ledger_figure(comparison: Comparison) -> str:
         "Nats per datum, means over the seeds. Each bar leads from the ELBO through amortization gap, approximation "
         "gap and learning gap to the best log p(x) known on these rows; the ticks are the ELBOs of single seeds. The "
         "axis begins where the differences do, not at 0, so that lengths of the grey parts mean nothing. A gap below 0 "
-        "is Monte Carlo noise, or a search for the best q that stopped early; it is drawn with no width. “no bound” "
+        "is Monte Carlo noise, or a search for the best q that stopped early; it is drawn with no width. “not a bound” "
         "marks a q without a density."
     )
     if any(not fit.guide.is_local for fit in comparison.fits):
@@ -555,6 +607,11 @@ def _settings(comparison: Comparison) -> dict[str, str]:
     if data["name"] in named.index:
         facts = named.loc[data["name"]]
         found |= {"description": facts["description"], "source": facts["source"]}
+    arguments = data.get("arguments", {})
+    if arguments:
+        found["what was done to the data"] = _options_text(arguments)
+    if comparison.heldout is not None:
+        found["held out"] = f"{_count(comparison.heldout['rows'], 'row')} to {comparison.heldout['part']} with"
     found["methods"] = ", ".join(_methods(comparison))
     found["seeds"] = ", ".join(map(str, _seeds(comparison)))
     found["options given"] = _options_text(comparison.options) or "none: all are at their defaults"
@@ -565,7 +622,8 @@ def _settings(comparison: Comparison) -> dict[str, str]:
 
 
 def _objective(fit: Fit) -> str:
-    return fit.objective if fit.guide.is_bound else f"{fit.objective} (no bound, as q has no density)"
+    objective = f"{fit.objective} on corrupted rows" if isinstance(fit.entry, Corrupts) else fit.objective
+    return objective if fit.guide.is_bound else f"{objective} ({NOT_A_BOUND}, as q has no density)"
 
 
 def _options_text(options: dict[str, Any]) -> str:
@@ -590,33 +648,57 @@ def _reproduction(comparison: Comparison) -> str:
 def reproduction(comparison: Comparison) -> tuple[list[str], str]:
     """Return what to know, and the command that makes this comparison again; Python where there is no command."""
     words = ["On the same machine with the same versions every figure but the seconds comes out the same."]
-    source, about_source = _data_source(comparison.data)
+    source, about_source = _data_source(comparison.data, _rows_in_all(comparison))
     is_program = isinstance(comparison.fits[0].entry, Program)
     if is_program:
         words.append("The model is a program of your own, so Python runs it and the command line cannot.")
     words += about_source
     seeds = _seeds(comparison)
     is_counted = seeds == list(range(len(seeds)))
-    if not is_program and is_counted and source == repr(comparison.data["name"]):
+    loading, preparing = _arguments(comparison.data)
+    own = [name for name, value in preparing.items() if value == OWN]
+    words += [f"Its {name} rows came from memory: pass the same rows as {name}." for name in own]
+    if not is_program and is_counted and not own and source == repr(comparison.data["name"]):
         return words, _command(comparison)
+    if loading:
+        source = f"ez.load_data({source}, {_keywords(loading)})"
     arguments = [
         "program" if is_program else repr(comparison.model),
         source,
         f"methods={_methods(comparison)!r}",
         f"seeds={len(seeds) if is_counted else seeds!r}",
+        *([_keywords(preparing)] if preparing else []),
         *(f"{option}={value!r}" for option, value in comparison.options.items()),
     ]
     return words, f"import elbozoo as ez\n\nez.compare({', '.join(arguments)}).report('report.html')"
 
 
-def _data_source(data: dict[str, Any]) -> tuple[str, list[str]]:
+def _arguments(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what loads the data beside their name, and what was done to them after that."""
+    given = data.get("arguments", {})
+    loading = {name: value for name, value in given.items() if name in LOADING}
+    return loading, {name: value for name, value in given.items() if name not in LOADING}
+
+
+def _keywords(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={name if value == OWN else repr(value)}" for name, value in arguments.items())
+
+
+def _rows_in_all(comparison: Comparison) -> int:
+    """Number of rows before shares of them were held out."""
+    rows, about = int(comparison.data["rows"]), comparison.heldout or {}
+    shares = {part for part, value in comparison.data.get("arguments", {}).items() if isinstance(value, float)}
+    if "validation" in shares:
+        rows += about["validation_rows"]
+    return rows + (about["rows"] if "test" in shares else 0)
+
+
+def _data_source(data: dict[str, Any], rows: int) -> tuple[str, list[str]]:
     """Return the data as Python that loads them, and what to know about that."""
     name, named = str(data["name"]), list_datasets()
     if name.startswith(SIMULATE):
         seed = "The data were simulated with seed 0, unless another was given."
-        return (repr(name) if data["rows"] == SIMULATED_ROWS else f"ez.load_data({name!r}, rows={data['rows']})"), [
-            seed
-        ]
+        return (repr(name) if rows == SIMULATED_ROWS else f"ez.load_data({name!r}, rows={rows})"), [seed]
     if name in named.index:
         picked = data["columns"] != named.loc[name, "columns"]
         words = f"Of the columns of {name}, {data['columns']} were picked: name them with --columns or columns=[...]."
@@ -629,6 +711,8 @@ def _data_source(data: dict[str, Any]) -> tuple[str, list[str]]:
 def _command(comparison: Comparison) -> str:
     methods, seeds = ",".join(_methods(comparison)), str(len(_seeds(comparison)))
     command = ["elbozoo", "compare", comparison.model, "--data", str(comparison.data["name"])]
+    for name, value in comparison.data.get("arguments", {}).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     command += ["--methods", methods, "--seeds", seeds]
     for option, value in comparison.options.items():
         command += ["--set", f"{option}={_value(value)}"]

@@ -24,10 +24,10 @@ from elbozoo.guides.registry import WHOLE_GUIDES, GuideCard, guide_cards, guide_
 from elbozoo.guides.sources import SOURCES
 from elbozoo.inference.comparison import Comparison
 from elbozoo.inference.fit import Fit
-from elbozoo.inference.method import default_methods, resolve_method
+from elbozoo.inference.method import default_guide, default_methods, resolve_method
 from elbozoo.models.contract.entry import Entry, HasPosterior, SupportsEM
 from elbozoo.models.contract.registry import get_entry
-from elbozoo.models.contract.sequences import SequenceEntry
+from elbozoo.models.contract.sequences import SequenceEntry, StackedEntry
 from elbozoo.notebook import Code, Text, check_destination, execute, write_page
 from elbozoo.pages import PageParts, attributes_table, code_block, options_table, page_parts
 from elbozoo.plots import number
@@ -55,7 +55,8 @@ def write_tutorial(model: str, path: str | Path, *, guide: str | None = None) ->
     path : path
         Page to write, ending in ``.md`` or ``.ipynb``; nothing is written before the run has ended.
     guide : str, optional
-        Guide that the page is about; ``"mean-field"`` by default, ``"exact"`` where there is no latent.
+        Guide that the page is about; ``"mean-field"`` by default, ``"exact"`` where there is no latent, and
+        ``"amortized"`` where a q must see its row.
 
     Raises
     ------
@@ -99,7 +100,7 @@ class Subject:
             For an unknown model, or a guide that is unknown or does not fit.
         """
         entry = get_entry(model).example()
-        guide = guide or ("mean-field" if entry.latent_sites() else "exact")
+        guide = guide or default_guide(entry)
         canonical = resolve_guide(guide, entry)
         (card,) = [card for card in guide_cards(entry) if card.name == canonical]
         methods = default_methods(entry)
@@ -128,7 +129,9 @@ class Subject:
         """Options with which EM, if the page compares it, ends in time."""
         if "em" not in self.methods:
             return {}
-        return EM_SETTINGS if isinstance(self.entry, SupportsEM) else {"iterations": STEPS // 10}
+        if isinstance(self.entry, SupportsEM):
+            return EM_SETTINGS
+        return {"iterations": STEPS // (40 if isinstance(self.entry, StackedEntry) else 10)}
 
     def _learning_rate(self) -> float:
         """Return the step size that gets far in so few steps: small for networks, large for a single q."""
@@ -284,6 +287,11 @@ ledger
         f"The ELBO is raised over {over}. The settings keep this page short; without them a fit goes on until the ELBO "
         "no longer rises. The ledger says how far the bound is from the truth, and why, in nats over all rows."
     )
+    if s.card.family == "delta":
+        text = (
+            f"What is raised over {over} is log p(x, z) with z at the point of q, in nats over all rows. The settings "
+            "keep this page short; without them a fit goes on until it no longer rises."
+        )
     return [
         Text(f"## Fit\n\n{text}"),
         Code(fit),
@@ -293,9 +301,12 @@ ledger
 
 def _ledger_sentences(s: Subject, fit: Fit, ledger: pd.Series) -> Iterator[str]:
     evidence = f"{_nats(ledger, 'log_evidence')} ({_KINDS[ledger.log_evidence_kind]})"
-    if math.isnan(ledger.elbo):
+    if not ledger.is_bound:
         yield f"A `{s.card.family}` has no density over a continuous latent, so there is no ELBO: it bounds nothing."
-        yield f"At the θ that was learned log p(x) is {evidence}."
+        if math.isnan(ledger.log_evidence):
+            yield "Nor is there a log p(x) that it could be held against."
+        else:
+            yield f"At the θ that was learned log p(x) is {evidence}."
         return
     yield f"The ELBO is {_nats(ledger, 'elbo')}, and log p(x) is {evidence}."
     if _touches(ledger):
@@ -508,12 +519,12 @@ def _methods_text(comparison: Comparison) -> str:
 
 
 def _method_clauses(fit: Fit, figures: pd.Series) -> Iterator[str]:
-    if _learns(fit.entry):
+    if _learns(fit.entry) and not math.isnan(figures.log_evidence):
         yield f"log p(x) reaches {_nats(figures, 'log_evidence')}"
         if not math.isnan(figures.learning_gap):
             yield f"{_nats(figures, 'learning_gap')} below the best known"
     if math.isnan(figures.gap):
-        yield "there is no bound"
+        yield "there is no bound" if not math.isnan(figures.log_evidence) else "neither a log p(x) nor a bound"
     elif _touches(figures):
         yield "the bound touches log p(x)"
     else:

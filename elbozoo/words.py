@@ -1,4 +1,4 @@
-"""Words of the messages about data: each fits on one line, however long or odd what it shows."""
+"""Words that several parts of the front door use; those about data fit on one line, however odd what they show."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from decimal import Decimal
 import numpy as np
 
 from elbozoo.models.contract.errors import InvalidInput
+
+NOT_A_BOUND = "not a bound"  # in place of the ELBO of a q without a density
 
 
 def count(number: int, noun: str) -> str:

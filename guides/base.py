@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.isolation import private_parameters
 from elbozoo.models.contract.options import Field, Options
 
@@ -21,9 +22,18 @@ INITIAL_SCALE = 0.1
 class GuideOptions(Options):
     """Options that all guides share; a guide reads those that apply to it."""
 
-    encoder: Literal["mlp", "linear"] = Field("mlp", description="encoder of an amortized guide")
+    encoder: Literal["auto", "mlp", "linear", "conv"] = Field(
+        "auto", description="encoder of an amortized guide; auto takes conv where rows have an image_shape, else mlp"
+    )
+    encoder_input: Literal["auto", "values", "log1p"] = Field(
+        "auto", description="what an encoder sees of a value x: x itself or log(1 + x); auto takes what suits the model"
+    )
     hidden: int = Field(64, ge=1, description="width of the encoder's hidden layers")
     layers: int = Field(1, ge=1, description="number of the encoder's hidden layers")
+    channels: int = Field(16, ge=1, description="channels of the feature maps under encoder=conv")
+    image_shape: str | None = Field(
+        None, description="shape of a row that is an image, such as 8x8 or 3x32x32; none takes the model's, or a square"
+    )
     rank: int | None = Field(None, ge=1, description="rank of a low-rank covariance; the root of the dimension if none")
     flow: Literal["auto", "affine-autoregressive", "spline-coupling"] = Field(
         "auto", description="flow of a local latent; auto takes the first, and splines for one dimension"
@@ -46,6 +56,13 @@ class GuideOptions(Options):
     def without_search(self) -> Self:
         """Return options with which a guide is made for its shape alone: its starting values do not matter."""
         return self.model_copy(update={"initial_scale": self.scale})
+
+    def suited_to(self, entry: Entry) -> Self:
+        """Return options with what they leave to the model filled in: shapes of images, form and input of encoders."""
+        shape = self.image_shape or (entry.image_shape and str(entry.image_shape))
+        encoder = ("conv" if shape else "mlp") if self.encoder == "auto" else self.encoder
+        seen = entry.encoder_input if self.encoder_input == "auto" else self.encoder_input
+        return self.model_copy(update={"image_shape": shape, "encoder": encoder, "encoder_input": seen})
 
     @property
     def scale(self) -> float:

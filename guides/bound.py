@@ -24,6 +24,7 @@ from elbozoo.guides.families import Delta, Family, LowRankNormal
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.isolation import private_parameters
+from elbozoo.models.contract.sites import log_density
 
 Parameters = dict[str, Tensor]
 
@@ -148,5 +149,5 @@ def _log_joint(
     with pyro.get_param_store().scope(), private_parameters(), poutine.block():
         trace = poutine.trace(poutine.condition(entry, data=latents)).get_trace(long)
     trace.compute_log_prob()
-    terms = [node["unscaled_log_prob"] for node in trace.nodes.values() if "unscaled_log_prob" in node]
+    terms = [log_density(node) for node in trace.nodes.values() if "unscaled_log_prob" in node]
     return sum(terms, batch.x.new_zeros(len(long.x))).reshape(cases, draws, rows)

@@ -14,6 +14,7 @@ from elbozoo.guides.refinement import Refinement
 from elbozoo.guides.sources import SOURCES
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, joint_posterior
+from elbozoo.models.contract.groups import GroupEntry
 from elbozoo.models.contract.joint import Joint
 from elbozoo.models.contract.sequences import SequenceEntry
 from elbozoo.models.contract.sites import DATA_PLATE, LatentSite
@@ -115,6 +116,8 @@ class ExactGuide(Guide):
         if self.is_path:
             (path,) = self.distributions(batch).values()
             return mean_of(path).reshape(*batch.x.shape[:2], -1)
+        if isinstance(self._entry[0], GroupEntry):
+            return self._entry[0].posterior_means(batch.x)
         if len(posterior.conditionals) == 1:
             return super().means(batch)
         draws = posterior.sample((DRAWS,))

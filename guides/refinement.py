@@ -59,7 +59,7 @@ class Refinement:
 
     def _spans(self, batch: Batch) -> list[slice]:
         cases = max([family.size for family in self.families.values() if family.discrete], default=1)
-        rows = max(1, CHUNK_ELEMENTS // (DRAWS * cases * max(1, batch.x[0].numel())))
+        rows = max(1, CHUNK_ELEMENTS // (DRAWS * cases * self.entry.elements(batch.x)))
         return [slice(i, i + rows) for i in range(0, len(batch.x), rows)]
 
     def _climb(self, batch: Batch, start: Parameters, *, differentiable: bool) -> Parameters:

@@ -11,13 +11,16 @@ from elbozoo.guides.autoguides import AUTOGUIDES, GlobalGuide
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.guides.bound import refusal_of_sum
 from elbozoo.guides.families import FAMILIES
-from elbozoo.guides.hierarchical import BottomUpGuide
+from elbozoo.guides.grouped import GroupGuide, ProductOfNormals, ProductOfNormalsAndPrior
+from elbozoo.guides.hierarchical import BottomUpGuide, LadderGuide
+from elbozoo.guides.labelled import LabelThenLatentGuide
 from elbozoo.guides.local import ExactGuide, LocalGuide
 from elbozoo.guides.sequences import STEP_SOURCES, SequenceGuide
 from elbozoo.guides.sources import SOURCES
 from elbozoo.guides.whole import WholeGuide
 from elbozoo.models.contract.entry import Entry, HasPosterior
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
+from elbozoo.models.contract.groups import GroupEntry
 from elbozoo.models.contract.sequences import SequenceEntry
 from elbozoo.models.contract.sites import LatentSite
 
@@ -33,7 +36,13 @@ class GuideCard(NamedTuple):
 
 LOCAL_NAMES = {f"{source}-{family}": (family, source) for source in SOURCES for family in FAMILIES}
 GLOBAL_NAMES = list(AUTOGUIDES)
-WHOLE_GUIDES: tuple[type[WholeGuide], ...] = (BottomUpGuide,)
+WHOLE_GUIDES: tuple[type[WholeGuide], ...] = (
+    BottomUpGuide,
+    LadderGuide,
+    LabelThenLatentGuide,
+    ProductOfNormals,
+    ProductOfNormalsAndPrior,
+)
 ALIASES = ("mean-field", "amortized", "semi-amortized", "shared", "free", "full-rank", "low-rank")
 NO_LATENT = "it has no latent, so there is nothing for a q to say"
 ALL_NAMES = sorted({*LOCAL_NAMES, *GLOBAL_NAMES, *ALIASES, *(guide.NAME for guide in WHOLE_GUIDES), "exact"})
@@ -102,7 +111,7 @@ def build_guide(name: str, entry: Entry, x: Tensor, options: GuideOptions | None
     InvalidInput
         See :func:`resolve_guide`.
     """
-    options = options or GuideOptions()
+    options = (options or GuideOptions()).suited_to(entry)
     sites = entry.latent_sites(x)
     canonical = resolve_guide(name, entry, sites)
     if canonical == "exact":
@@ -114,6 +123,8 @@ def build_guide(name: str, entry: Entry, x: Tensor, options: GuideOptions | None
         family, source = LOCAL_NAMES[canonical]
         if isinstance(entry, SequenceEntry):
             return SequenceGuide(canonical, family, source, sites, x, options)
+        if isinstance(entry, GroupEntry):
+            return GroupGuide(canonical, family, source, sites, x, options)
         return LocalGuide(canonical, family, source, sites, x, options, entry)
     return GlobalGuide(canonical, entry, x, options, summed_out=[site.name for site in sites if site.is_local])
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from elbozoo.guides.base import GuideOptions
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.images import ConvFeatures, image_shape
 
 
 class Shared(nn.Module):
@@ -23,7 +24,7 @@ class Shared(nn.Module):
 
 
 class Free(nn.Module):
-    """A parameter vector of its own for each datum, of each step in a sequence: mean-field variational inference."""
+    """A parameter vector of its own for each datum, and each step or row in it: mean-field variational inference."""
 
     def __init__(self, start: Tensor, x: Tensor, options: GuideOptions) -> None:
         super().__init__()
@@ -54,15 +55,29 @@ class Amortized(nn.Module):
         super().__init__()
         self.mean: Tensor
         self.scale: Tensor
+        self.takes_logarithms = options.encoder_input == "log1p"
+        if self.takes_logarithms and float(x.min()) < 0:
+            raise InvalidInput(
+                f"option encoder_input: found 'log1p' with the value {float(x.min()):g} in the data, expected counts "
+                "or other values of 0 or more; set encoder_input=values"
+            )
+        x = self._seen(x)
         scale = x.std(0, correction=0)
         self.register_buffer("mean", x.mean(0))
         self.register_buffer("scale", torch.where(scale > 0, scale, torch.ones_like(scale)))
-        self.network = encoder(x.shape[1], start, options)
+        self.network = row_encoder(x.shape[1], start, options)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the parameters (B, P) that the encoder gives to the rows."""
-        result: Tensor = self.network((batch.x - self.mean) / self.scale)
+        result: Tensor = self.network(self.standardised(batch.x))
         return result
+
+    def standardised(self, x: Tensor) -> Tensor:
+        """Return what the network sees of the rows ``x`` (B, D)."""
+        return (self._seen(x) - self.mean) / self.scale
+
+    def _seen(self, x: Tensor) -> Tensor:
+        return x.log1p() if self.takes_logarithms else x
 
 
 class SemiAmortized(Amortized):
@@ -80,8 +95,22 @@ SOURCES: dict[str, type[nn.Module]] = {
 }
 
 
+def row_encoder(columns: int, start: Tensor, options: GuideOptions) -> nn.Sequential:
+    """Build an :func:`encoder` of rows, (..., columns) to (..., P), behind convolutions where they are images.
+
+    Raises
+    ------
+    InvalidInput
+        Under ``encoder=conv`` for rows that are no images.
+    """
+    if options.encoder != "conv":
+        return encoder(columns, start, options)
+    features = ConvFeatures(image_shape(options.image_shape, columns), options.channels, nn.SiLU)
+    return nn.Sequential(features, *encoder(features.size, start, options)).to(start.dtype)
+
+
 def encoder(columns: int, start: Tensor, options: GuideOptions) -> nn.Sequential:
-    """Build a linear or multilayer encoder whose output is near ``start`` (P,) for every input."""
+    """Build a linear or multilayer encoder of vectors whose output is near ``start`` (P,) for every input."""
     widths = [] if options.encoder == "linear" else [options.hidden] * options.layers
     parts: list[nn.Module] = []
     for inputs, outputs in zip([columns, *widths], widths, strict=False):

@@ -60,7 +60,8 @@ from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.contract.joint import Joint
-from elbozoo.models.contract.sequences import SequenceEntry
+from elbozoo.models.contract.sequences import StackedEntry
+from elbozoo.models.contract.sites import log_density
 
 DRAWS = 100
 ACTIVE = 0.01  # variance over the data of the mean of a dimension above which it is active (Burda et al. 2016, 5.1)
@@ -240,8 +241,9 @@ class _LogTerms(NamedTuple):
 
 
 def _refusal(entry: Entry, guide: Guide, draws: int) -> str | None:
-    if isinstance(entry, SequenceEntry):
-        return "a datum is a sequence, and codes of sequences of different lengths have no common distribution"
+    if isinstance(entry, StackedEntry):
+        datum = entry.stack_dims[0]
+        return f"a datum is a {datum}, and codes of {datum}s of different sizes have no common distribution"
     if not guide.is_local:
         return "a latent is one for the whole data set, so that rows have no codes of their own"
     if not guide.is_bound:
@@ -263,9 +265,9 @@ def _log_terms(entry: Entry, batch: Batch, q: Joint, values: dict[str, Tensor]) 
     prior, likelihood = torch.zeros_like(posterior), torch.zeros_like(posterior)
     for name, node in trace.nodes.items():
         if name in values:
-            prior = prior + node["unscaled_log_prob"]
+            prior = prior + log_density(node)
         elif "unscaled_log_prob" in node:
-            likelihood = likelihood + node["unscaled_log_prob"]
+            likelihood = likelihood + log_density(node)
     return _LogTerms(posterior, _log_aggregate(q, values, posterior.shape), prior, likelihood)
 
 

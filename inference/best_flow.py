@@ -136,5 +136,5 @@ class _Search:
         return row_elbo(self.entry, self.guide.families, part, self.guide.parameters_of(part), noise).sum()
 
     def _parts(self, draws: int) -> list[Batch]:
-        rows = max(1, CHUNK_ELEMENTS // (draws * self.batch.x[0].numel()))
+        rows = max(1, CHUNK_ELEMENTS // (draws * self.entry.elements(self.batch.x)))
         return [self.batch.rows(i, i + rows) for i in range(0, len(self.batch.x), rows)]

@@ -253,7 +253,7 @@ class _Search:
 
     def _spans(self, rows: int, points: int) -> Iterator[slice]:
         """Yield spans of rows that bound the memory of evaluations at so many points of each."""
-        chunk = max(1, CHUNK_ELEMENTS // (self.density.values * points * self.x.shape[1]))
+        chunk = max(1, CHUNK_ELEMENTS // (self.density.values * points * self.density.entry.elements(self.x)))
         return (slice(i, i + chunk) for i in range(0, rows, chunk))
 
     def run(self, starts: list[_Normals]) -> tuple[torch.distributions.MultivariateNormal, bool]:

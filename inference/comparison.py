@@ -16,9 +16,11 @@ from torch import Tensor
 
 from elbozoo.guides.registry import refusal_of
 from elbozoo.inference.fit import Fit, closed_form_evidence
+from elbozoo.inference.heldout import ALONE, Companions, HeldOut
 from elbozoo.inference.ledger import Ledger
-from elbozoo.inference.method import Plan, plan, valid_seed, warn_of_unread
+from elbozoo.inference.method import Plan, plan, refuse_without_records, valid_seed, warn_of_unread
 from elbozoo.inference.progress import progress_bar
+from elbozoo.inference.records import NO_RECORDS, Records
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Program, SupportsEM
 from elbozoo.models.contract.errors import InvalidInput
@@ -48,8 +50,17 @@ ROW = (
     "parameters",
     "converged",
 )
-TABLE_ONLY = ("objective", "khat_share", "best_member_converged")
+TABLE_ONLY = (
+    "objective",
+    "is_bound",
+    "denoising_elbo",
+    "denoising_elbo_se",
+    "khat_share",
+    "best_member_converged",
+)
 SUMMARISED = ("elbo", "log_evidence", "gap", "approximation_gap", "amortization_gap", "learning_gap", "kl", "seconds")
+HELDOUT = HeldOut._fields
+HELDOUT_SUMMARISED = ("heldout_elbo", "heldout_log_evidence")
 
 
 @dataclass(frozen=True)
@@ -61,14 +72,19 @@ class Comparison:
     model : str
         Name of the entry.
     data : dict
-        ``name``, ``rows`` and ``columns`` of the data.
+        ``name``, ``rows`` and ``columns`` of the data, and ``arguments`` where more than the name makes them.
     fits : list of Fit
         One per method and seed, in the order of :attr:`table`.
     table : DataFrame
         A row per fit; nats, totals over the rows. ``objective`` is the last value of what was optimised,
-        smoothed over the last hundred steps; it and the ELBO are two columns, never one.
+        smoothed over the last hundred steps; it and the ELBO are two columns, never one. ``is_bound`` is False
+        where there is no ELBO, because q has no density. ``denoising_elbo`` is that of corrupted rows. Where rows
+        were held out, columns that begin with ``heldout_`` are about those, see
+        :class:`~elbozoo.inference.heldout.HeldOut`; all others are about the rows of the fits.
     options : dict
         Options that were given, by name.
+    heldout : dict or None
+        Where rows were held out: ``part``, test or validation, its number of ``rows``, and ``validation_rows``.
     """
 
     model: str
@@ -76,11 +92,13 @@ class Comparison:
     fits: list[Fit]
     table: pd.DataFrame
     options: dict[str, Any]
+    heldout: dict[str, Any] | None = None
 
     @property
     def summary(self) -> pd.DataFrame:
         """Mean and standard deviation over the seeds, per method, best evidence first: nats, totals."""
-        groups = self.table.groupby("method", sort=False)[list(SUMMARISED)]
+        columns = [*SUMMARISED, *(HELDOUT_SUMMARISED if self.heldout else ())]
+        groups = self.table.groupby("method", sort=False)[columns]
         summary = groups.agg(["mean", "std"])
         return summary.sort_values(("log_evidence", "mean"), ascending=False, na_position="last")
 
@@ -93,8 +111,17 @@ class Comparison:
 
     def document(self) -> dict[str, Any]:
         """Return the comparison as plain values in the schema of ``--json``; null where a figure does not apply."""
-        rows = [{key: _plain(row[key]) for key in ROW} for row in self.table.to_dict("records")]
-        return {"model": self.model, "data": self.data, "rows": rows}
+        records = self.table.to_dict("records")
+        document: dict[str, Any] = {
+            "model": self.model,
+            "data": self.data,
+            "rows": [{key: _plain(row[key]) for key in ROW} for row in records],
+        }
+        if self.heldout:
+            keys = ("method", "seed", *HELDOUT)
+            fits = [{key.removeprefix("heldout_"): _plain(row[key]) for key in keys} for row in records]
+            document["heldout"] = {**self.heldout, "fits": fits}
+        return document
 
     def save(self, directory: str | Path) -> Path:
         """Write the table, the JSON document, the trajectories and every fit; return the directory."""
@@ -118,18 +145,23 @@ class Comparison:
         except (FileNotFoundError, json.JSONDecodeError, pd.errors.ParserError) as error:
             raise InvalidInput(f"{folder}: expected a directory written by Comparison.save ({error})") from None
         fits = [Fit.load(folder / "fits" / f"{row.method}-{row.seed}") for row in table.itertuples()]
-        return cls(document["model"], document["data"], fits, table, document["options"])
+        heldout = document.get("heldout")
+        about = {key: value for key, value in heldout.items() if key != "fits"} if heldout else None
+        return cls(document["model"], document["data"], fits, table, document["options"], about)
 
 
 def run_comparison(
     model: Any,
     x: Tensor,
-    methods: Iterable[str],
+    methods: Iterable[str | None],
     seeds: int | Iterable[int],
     options: Mapping[str, Any],
     *,
     name: str = "data",
     names: Sequence[str] | None = None,
+    records: Records = NO_RECORDS,
+    companions: Companions = ALONE,
+    arguments: Mapping[str, Any] | None = None,
     progress: bool = True,
     on_fit: Callable[[Fit], None] = lambda fit: None,
 ) -> Comparison:
@@ -142,8 +174,9 @@ def run_comparison(
     x : Tensor (N, D)
         Data, float64.
     methods : iterable of str
-        Methods; all are checked before the first one runs. ``all`` alone learns one model, by EM in closed form or
-        amortized, and fits every way to a q of each datum to it: shared, free, amortized, semi-amortized, exact.
+        Methods, None for the guide that a model takes by default; all are checked before the first one runs.
+        ``all`` alone learns one model, by EM in closed form or amortized, and fits every way to a q of each datum to
+        it: shared, free, amortized, semi-amortized, exact.
     seeds : int or iterable of int
         Number of seeds, counted from 0, or the seeds themselves.
     options : mapping
@@ -152,6 +185,13 @@ def run_comparison(
         Name of the data in the results.
     names : sequence of str, optional
         Names of the columns.
+    records : Records
+        What the fits leave on disk while they run. One that was stopped goes on from its checkpoint, and one that
+        had ended comes back without a step.
+    companions : Companions
+        Data beside these: to stop by, to report held-out figures of, to draw binary pixels from.
+    arguments : mapping, optional
+        What makes these data from the name, which the results keep.
     on_fit : callable
         Called with each fit as it ends.
 
@@ -162,23 +202,30 @@ def run_comparison(
     NumericalFailure
         If a fit breaks down, or a bound exceeds the truth.
     """
-    chosen, asked = _seeds(seeds), _unique(methods)
-    prepare = functools.partial(plan, model, x, options=options, names=names)
+    chosen, asked = seed_list(seeds), _unique(methods)
+    prepare = functools.partial(plan, model, x, options=options, names=names, records=records, companions=companions)
     if EVERY_WAY in asked:
         teacher, plans = _ways_to_q(asked, prepare)
     else:
         teacher, plans = None, [prepare(method) for method in asked]
     warn_of_unread([*plans, *([teacher] if teacher else [])])
+    refuse_without_records(plans)
     fits = _fits(plans, chosen, progress, on_fit, teacher)
     # One closed form serves all fits, which share the model and the rows.
     closed_form = closed_form_evidence(fits[0].entry, plans[0].x)
     ledgers = _with_learning_gaps(_ledgers(fits, closed_form, progress), closed_form)
     table = pd.DataFrame([_row(fit, ledger) for fit, ledger in zip(fits, ledgers, strict=True)])
-    data = {"name": name, "rows": x.shape[0], "columns": x.shape[1]}
-    return Comparison(fits[0].model, data, fits, table, dict(options))
+    data: dict[str, Any] = {"name": name, "rows": x.shape[0], "columns": x.shape[1]}
+    if arguments:
+        data["arguments"] = dict(arguments)
+    if companions.heldout is None:
+        return Comparison(fits[0].model, data, fits, table, dict(options))
+    # From plain values, which have a type by column; a Series of them has none.
+    table = pd.concat([table, pd.DataFrame([fit.heldout().to_dict() for fit in fits])], axis=1)
+    return Comparison(fits[0].model, data, fits, table, dict(options), _about(companions))
 
 
-def _ways_to_q(methods: list[str], prepare: Callable[[str], Plan]) -> tuple[Plan, list[Plan]]:
+def _ways_to_q(methods: list[str | None], prepare: Callable[[str], Plan]) -> tuple[Plan, list[Plan]]:
     """Return the method that learns θ, and one for each way in which a datum may come by its q.
 
     Raises
@@ -187,7 +234,7 @@ def _ways_to_q(methods: list[str], prepare: Callable[[str], Plan]) -> tuple[Plan
         For other methods beside ``all``, or a model without a q for each datum.
     """
     if len(methods) > 1:
-        others = ", ".join(method for method in methods if method != EVERY_WAY)
+        others = ", ".join(str(method) for method in methods if method != EVERY_WAY)
         raise InvalidInput(f"found {EVERY_WAY} beside {others}, expected it alone: it fits every q to one model")
     entry = prepare("mean-field").entry
     reasons = {way: refusal_of(way, entry) for way in WAYS_TO_Q}
@@ -201,8 +248,9 @@ def _ways_to_q(methods: list[str], prepare: Callable[[str], Plan]) -> tuple[Plan
         if way not in fitting:
             logger.info("left out %s: %s", way, reasons[way])
     # Monte Carlo EM asks nothing of q, and may learn a latent space in which no q finds its way.
-    learner = "em" if isinstance(entry, SupportsEM) else "amortized"
-    return prepare(learner), [prepare(way) for way in fitting]
+    learner = prepare("em" if isinstance(entry, SupportsEM) else "amortized")
+    # In a folder apart, since the same method may come again as a way to q.
+    return replace(learner, records=learner.records.under("model")), [prepare(way) for way in fitting]
 
 
 def _fits(
@@ -234,14 +282,21 @@ def _ledgers(fits: list[Fit], closed_form: float, progress: bool) -> list[Ledger
     return ledgers
 
 
-def _unique(methods: Iterable[str]) -> list[str]:
+def _unique(methods: Iterable[str | None]) -> list[str | None]:
     names = list(dict.fromkeys(methods))
     if not names:
         raise InvalidInput("found no method, expected at least one, such as em or mean-field")
     return names
 
 
-def _seeds(seeds: int | Iterable[int]) -> list[int]:
+def seed_list(seeds: int | Iterable[int]) -> list[int]:
+    """Return the seeds that ``seeds`` stands for: so many from 0 on, or each of those given once.
+
+    Raises
+    ------
+    InvalidInput
+        For none at all, or anything that is no seed.
+    """
     if isinstance(seeds, Iterable):
         chosen = [valid_seed(seed) for seed in dict.fromkeys(seeds)]
     else:
@@ -270,6 +325,11 @@ def _row(fit: Fit, ledger: Ledger) -> dict[str, Any]:
         "objective": float(fit.trajectory["objective"].tail(100).mean()) if len(fit.trajectory) else math.nan,
     }
     return {key: figures[key] for key in (*ROW, *TABLE_ONLY)}
+
+
+def _about(companions: Companions) -> dict[str, Any]:
+    lengths = {part: None if rows is None else len(rows) for part, rows in companions._asdict().items()}
+    return {"part": companions.part, "rows": lengths[str(companions.part)], "validation_rows": lengths["validation"]}
 
 
 def _plain(value: Any) -> Any:

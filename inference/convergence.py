@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
+from elbozoo.inference.memory import Memory
 from elbozoo.models.contract.errors import NumericalFailure
 
 MONOTONE_SLACK = 1e-9
@@ -45,6 +46,14 @@ class PlateauMonitor:
         flat = mean < self._best + max(self.tolerance, noise)
         self._best = max(self._best, mean)
         return flat
+
+    def memory(self) -> Memory:
+        """Return the window so far and the best mean before it."""
+        return Memory(values={"window": self._values, "best": self._best})
+
+    def recall(self, memory: Memory) -> None:
+        """Go on in the middle of a window."""
+        self._values, self._best = list(memory.values["window"]), memory.values["best"]
 
 
 @dataclass

@@ -70,7 +70,7 @@ from elbozoo.models.contract.entry import (
 from elbozoo.models.contract.errors import InvalidInput, NumericalFailure, unknown_name
 from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.contract.options import Field, Options
-from elbozoo.models.contract.sites import LatentSite, is_local_node
+from elbozoo.models.contract.sites import LatentSite, is_local_node, log_density
 
 ENOUGH = 10.0  # effective draws of a datum: below, its standard error is not to be trusted
 COARSE = 0.01  # nats per datum: error of a quadrature above which it is not to be trusted
@@ -186,6 +186,15 @@ class Estimator:
     refusal: Callable[[Entry, list[LatentSite], Tensor | None, Guide | None], str | None]
     run: Callable[[_Request], EvidenceEstimate]
 
+    def reason_against(
+        self, entry: Entry, sites: list[LatentSite], x: Tensor | None, guide: Guide | None
+    ) -> str | None:
+        """Say why it does not apply, or return None."""
+        for site in sites:
+            if not site.is_proper:
+                return f"the prior of the latent {site.name!r} is flat, so that p(x) does not exist"
+        return self.refusal(entry, sites, x, guide)
+
 
 def estimate_log_evidence(
     entry: Entry,
@@ -230,8 +239,9 @@ def estimate_log_evidence(
             read = ", ".join(chosen.reads) or "none"
             raise InvalidInput(f"option {name}: found it for estimator {estimator!r}, expected {read}; leave it out")
     sites = entry.latent_sites(x)
-    if reason := chosen.refusal(entry, sites, x, guide):
-        fitting = ", ".join(e.name for e in ESTIMATORS.values() if e.refusal(entry, sites, x, guide) is None) or "none"
+    if reason := chosen.reason_against(entry, sites, x, guide):
+        others = (e.name for e in ESTIMATORS.values() if e.reason_against(entry, sites, x, guide) is None)
+        fitting = ", ".join(others) or "none"
         raise InvalidInput(
             f"estimator {estimator!r} does not apply to {entry.name()}: {reason}; estimators that do: {fitting}"
         )
@@ -245,7 +255,7 @@ def list_estimators(entry: Entry, guide: Guide | None = None) -> pd.DataFrame:
         {"estimator": e.name, "meaning": e.meaning, "options": ", ".join(e.reads), "fits": reason is None}
         | {"reason": reason or ""}
         for e in ESTIMATORS.values()
-        for reason in [e.refusal(entry, sites, None, guide)]
+        for reason in [e.reason_against(entry, sites, None, guide)]
     ]
     return pd.DataFrame(rows).set_index("estimator")
 
@@ -406,7 +416,7 @@ def _prior_log_weights(request: _Request, draws: int) -> Tensor:
     # Finite latents of rows are summed out: their number grows with the data, so that draws would say nothing.
     finite = [site.name for site in request.sites if site.is_local and site.is_enumerable]
     program = collapsed(request.entry, finite)
-    at_once = max(1, CHUNK_ELEMENTS // request.x.numel())
+    at_once = max(1, CHUNK_ELEMENTS // (len(request.x) * request.entry.elements(request.x)))
     counts = [min(at_once, draws - done) for done in range(0, draws, at_once)]
     return torch.cat([_drawn(program, request.batch, count).sum(-1, keepdim=True) for count in counts])
 
@@ -421,13 +431,13 @@ def _drawn(program: Callable[[Batch], Any], batch: Batch, draws: int) -> Tensor:
         if "unscaled_log_prob" in node and node["is_observed"]:
             # An observation for the whole data set counts once: in the first row.
             share = 1.0 if is_local_node(node) else (torch.arange(len(batch.x)) == 0).to(total)
-            total = total + share * node["unscaled_log_prob"]
+            total = total + share * log_density(node)
     return total
 
 
 def _parts(request: _Request, draws: int) -> list[Batch]:
     """Cut the data into batches of rows that bound the memory."""
-    size = draws * max(1, request.x[0].numel(), sum(site.dim for site in request.sites))
+    size = draws * max(request.entry.elements(request.x), sum(site.dim for site in request.sites))
     rows = max(1, CHUNK_ELEMENTS // size)
     return [request.batch.rows(start, start + rows) for start in range(0, len(request.x), rows)]
 

@@ -13,7 +13,7 @@ from elbozoo.guides.base import Guide
 from elbozoo.inference.annealing import annealed_evidence
 from elbozoo.inference.cubature import LARGEST_DIM, log_cubature
 from elbozoo.inference.unconstrained import UnconstrainedProgram
-from elbozoo.inference.weights import Weights, importance_weights, log_joint
+from elbozoo.inference.weights import CHUNK_ELEMENTS, Weights, importance_weights, log_joint
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import (
     Entry,
@@ -127,8 +127,34 @@ def _exact(entry: HasOracle, x: Tensor) -> Evidence:
         return Evidence(float(entry.log_evidence(x)), 0.0, "exact", None)
 
 
+class _Sites(NamedTuple):
+    """Latent sites of a program for quadrature.
+
+    Attributes
+    ----------
+    real : list of LatentSite
+        Those that are integrated over, side by side in the order in which they are drawn.
+    finite : list of LatentSite
+        Those that are summed over at each point.
+    """
+
+    real: list[LatentSite]
+    finite: list[LatentSite]
+
+    @classmethod
+    def of(cls, entry: Entry, x: Tensor) -> _Sites:
+        """Return the sites of ``entry``, read off a trace on ``x``."""
+        sites = entry.latent_sites(x)
+        return cls([s for s in sites if not s.is_enumerable], [s for s in sites if s.is_enumerable])
+
+    @property
+    def values(self) -> int:
+        """Number of terms of the sum at each point."""
+        return math.prod(site.cardinality or 1 for site in self.finite)
+
+
 def _quadrature(entry: Entry, x: Tensor) -> Evidence:
-    sites = entry.latent_sites(x)
+    sites = _Sites.of(entry, x)
     with isolated(0), torch.no_grad():
         centre, scale = _prior_moments(entry, sites, x)
 
@@ -167,17 +193,28 @@ def _global(program: UnconstrainedProgram) -> Evidence:
     return Evidence(estimate.log_value, estimate.standard_error, "estimate", None)
 
 
-def _prior_moments(entry: Entry, sites: list[LatentSite], x: Tensor) -> tuple[Tensor, Tensor]:
+def _prior_moments(entry: Entry, sites: _Sites, x: Tensor) -> tuple[Tensor, Tensor]:
     draws = poutine.trace(entry).get_trace(Batch.full(x[:1].expand(4096, -1)))
-    z = torch.cat([draws.nodes[s.name]["value"].reshape(4096, s.dim) for s in sites], -1)
+    z = torch.cat([draws.nodes[s.name]["value"].reshape(4096, s.dim) for s in sites.real], -1)
     return z.mean(0), z.std(0)
 
 
-def _log_joint_rowwise(entry: Entry, sites: list[LatentSite], x: Tensor, nodes: Tensor) -> Tensor:
-    return log_joint(entry, Batch.full(x), _by_site(sites, nodes.transpose(0, 1))).mT
+def _log_joint_rowwise(entry: Entry, sites: _Sites, x: Tensor, nodes: Tensor) -> Tensor:
+    """Log p(x_n, z_ng), (N, G), nats, at points ``nodes`` (N, G, K) of each row's own."""
+    summed_out = [site.name for site in sites.finite]
+    at_once = max(1, CHUNK_ELEMENTS // (sites.values * entry.elements(x)))  # points of all rows together
+    rows = min(len(x), at_once)
+    done = []
+    for some, theirs in zip(x.split(rows), nodes.split(rows), strict=True):
+        parts = [
+            log_joint(entry, Batch.full(some), _by_site(sites.real, part.transpose(0, 1)), summed_out).mT
+            for part in theirs.split(max(1, at_once // rows), 1)
+        ]
+        done.append(torch.cat(parts, -1))
+    return torch.cat(done)
 
 
-def _log_joint_shared(entry: Entry, sites: list[LatentSite], x: Tensor, nodes: Tensor) -> Tensor:
+def _log_joint_shared(entry: Entry, sites: _Sites, x: Tensor, nodes: Tensor) -> Tensor:
     if isinstance(entry, HasRowLikelihoods):
         # The prior is the same for every row, so that one row shows it.
         prior_and_one_row = _log_joint_rowwise(entry, sites, x[:1], nodes[None])

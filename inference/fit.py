@@ -13,13 +13,18 @@ import arviz
 import numpy as np
 import pandas as pd
 import torch
+from pyro import poutine
 from torch import Tensor
+from torch.distributions import Categorical, Distribution, Independent
 
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.inference.anatomy import Anatomy, anatomy
+from elbozoo.inference.corruption import DenoisingELBO, denoising_elbo
+from elbozoo.inference.disentanglement import Disentanglement, disentanglement
 from elbozoo.inference.estimators import EvidenceEstimate, Latents, estimate_log_evidence
 from elbozoo.inference.evidence import PARTICLES, Evidence, evidence_or_estimate
 from elbozoo.inference.evidence import log_evidence as known_evidence
+from elbozoo.inference.heldout import ALONE, Companions, heldout_figures
 from elbozoo.inference.inferencedata import inference_data
 from elbozoo.inference.ledger import Ledger, compute_ledger, elbo_of
 from elbozoo.inference.storage import read_fit, save_fit
@@ -29,7 +34,9 @@ from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, HasClosedForm, HasOracle
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated
-from elbozoo.models.contract.sequences import SequenceEntry, by_row
+from elbozoo.models.contract.labels import codes_among
+from elbozoo.models.contract.sequences import StackedEntry, by_row
+from elbozoo.models.contract.sites import OBSERVED_SITE
 
 EVALUATION_STREAM = 7_919  # keeps the draws of an evaluation apart from those of the fit with the same seed
 
@@ -91,6 +98,10 @@ class Fit:
         Versions of the libraries, platform and threads.
     x : Tensor or None
         The data of the fit, arranged, float64; None after :meth:`load`.
+    validation : DataFrame or None
+        The curve of the validation rows, where one was asked for: step, objective, elbo; nats per datum.
+    companions : Companions
+        Data beside those of the fit, such as test rows; none after :meth:`load`.
     """
 
     model: str
@@ -109,6 +120,8 @@ class Fit:
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, str] = field(default_factory=provenance)
     x: Tensor | None = None
+    validation: pd.DataFrame | None = None
+    companions: Companions = ALONE
 
     @property
     def parameters(self) -> int:
@@ -124,6 +137,14 @@ class Fit:
         if not self.guide.is_bound:
             return math.nan
         return elbo_of(self.entry, self.guide, rows, self._weights(rows))[0]
+
+    def denoising_elbo(self, x: Any = None, *, seed: int | None = None) -> DenoisingELBO:
+        """ELBO of the denoising criterion of the rows ``x`` (N, D), or of the data of the fit: total, nats.
+
+        Of a model whose guide is trained on corrupted rows, with q given those; NaN for any other, and for a q without
+        a density. ``seed`` decides corruptions and draws.
+        """
+        return denoising_elbo(self.entry, self.guide, self._rows(x), self._stream if seed is None else seed)
 
     def log_evidence(
         self, x: Any = None, *, estimator: str | None = None, latents: Latents | None = None, **options: Any
@@ -160,6 +181,13 @@ class Fit:
         """Return rate, distortion and what the rate pays for; see :func:`~elbozoo.inference.anatomy.anatomy`."""
         return anatomy(self.entry, self.guide, self._rows(x), seed=self._stream, **options)
 
+    def disentanglement(self, factors: Any, x: Any = None, **options: Any) -> Disentanglement:
+        """Return MIG, SAP and DCI of the means of q against known factors of the rows ``x``, or of those of the fit.
+
+        See :func:`~elbozoo.inference.disentanglement.disentanglement`; ``factors`` may be a data set that carries them.
+        """
+        return disentanglement(self.transform(x), factors, seed=self._stream, **options)
+
     def known_evidence(self) -> Evidence | None:
         """Return log p(x) of the data of the fit as far as it depends on the model alone, not on q."""
         return known_evidence(self.entry, self._rows(None))
@@ -192,6 +220,26 @@ class Fit:
             evidence=evidence,
         )
 
+    def heldout(self, x: Any = None) -> pd.Series:
+        """Return ELBO and log p of rows that the fit has not seen, totals in nats; NaN where a figure does not apply.
+
+        Parameters
+        ----------
+        x : array-like (M, D), optional
+            The rows; by default the test rows that were given beside the data, or else the validation rows.
+
+        Raises
+        ------
+        InvalidInput
+            Without such rows, or without the data of the fit where log p(x' given x) is asked for.
+        """
+        rows = self.companions.heldout if x is None else x
+        if rows is None:
+            raise InvalidInput("found no held-out rows, expected some; pass x, or fit with test=0.2")
+        figures = heldout_figures(self.entry, self.guide, self.x, self._rows(rows), self._stream)
+        # Of objects, among which None stays None.
+        return pd.Series(figures._asdict(), name=f"{self.model} {self.method}", dtype=object)
+
     def transform(self, x: Any = None) -> Tensor:
         """Return the mean of q for each row: (N, K); responsibilities for a discrete latent.
 
@@ -204,12 +252,40 @@ class Fit:
                     f"{self.model} has one latent for the whole data set, so rows have none of their own to return"
                 )
             means = self.guide.means(batch)
-            return by_row(batch.x, means) if isinstance(self.entry, SequenceEntry) else means
+            return by_row(batch.x, means) if isinstance(self.entry, StackedEntry) else means
+
+    def reconstruct(self, x: Any = None) -> Tensor:
+        """Return what the model makes of the code of each row: the mean of x given the mean of q, (N, D).
+
+        Columns that the model conditions on come back as they are.
+
+        Raises
+        ------
+        InvalidInput
+            For a model without one continuous latent for each row, which is what a code is.
+        """
+        rows = self._rows(x)
+        sites = self.entry.latent_sites(rows)
+        if len(sites) != 1 or not sites[0].is_local or sites[0].is_discrete or rows.ndim > 2:
+            found = ", ".join(repr(site.name) for site in sites) or "none"
+            raise InvalidInput(
+                f"{self.model} has the latents {found}, expected one continuous latent for each row, as code of the row"
+            )
+        with isolated(self._stream), torch.no_grad():
+            codes = self.guide.means(Batch.full(rows)).reshape(len(rows), *sites[0].event_shape)
+            program = poutine.condition(self.entry, data={sites[0].name: codes})
+            observed = poutine.trace(program).get_trace(Batch.full(rows)).nodes[OBSERVED_SITE]
+            return self.entry.complete(rows, _mean(observed["fn"]))
 
     def score_samples(self, x: Any = None) -> Tensor:
         """Return log p(x_n) of each row, (N,), nats: exact, by quadrature or estimated as the entry allows."""
         evidence = self.log_evidence(x)
-        if evidence is None or evidence.per_datum is None:
+        if evidence is None:
+            raise InvalidInput(
+                f"{self.model} with {self.method} has no log p(x), expected a model that has, or a q with a density to "
+                "estimate it by"
+            )
+        if evidence.per_datum is None:
             raise InvalidInput(
                 f"{self.model} with {self.method} gives no evidence per row; use log_evidence() for the total"
             )
@@ -259,12 +335,43 @@ class Fit:
         return rows
 
 
+def _mean(data: Distribution) -> Tensor:
+    """Mean of a distribution of data; PyTorch has none for the values 0, 1, ... of a categorical one."""
+    columns = data.base_dist if isinstance(data, Independent) else data
+    if isinstance(columns, Categorical):
+        values = torch.arange(columns.probs.shape[-1], dtype=columns.probs.dtype, device=columns.probs.device)
+        return columns.probs @ values
+    return data.mean
+
+
 def _by_name(x: Any, entry: Entry) -> Any:
-    """Return the columns of a frame that the entry was built for, in their order; anything else as it is."""
+    """Return the columns of a frame that the entry was built for, in their order; anything else as it is.
+
+    Labels become codes: those of the fit where it knows them, any where they say only which rows belong together.
+    """
+    if getattr(x, "levels", None):
+        x = _spelled_out(x)
     if not isinstance(x, pd.DataFrame) or not set(entry.table_names) <= set(x.columns):
         return x
     table = x[list(entry.table_names)]
-    return table.assign(**{key: pd.factorize(table[key])[0] for key in entry.key_names()})
+    if isinstance(entry, StackedEntry):
+        return table.assign(**{key: pd.factorize(table[key])[0] for key in entry.key_columns()})
+    known = {key: role for key, role in entry.key_columns().items() if key in entry.levels}
+    codes = {
+        key: codes_among(table[key], entry.levels[key], key, may_be_blank=role.may_be_blank)
+        for key, role in known.items()
+    }
+    return table.assign(**codes)
+
+
+def _spelled_out(data: Any) -> pd.DataFrame:
+    """Return a data set as a frame, with its labels in the place of their codes."""
+    frame = pd.DataFrame(data.x.numpy(), columns=data.columns)
+    labels = {
+        name: [None if math.isnan(code) else levels[int(code)] for code in frame[name]]
+        for name, levels in data.levels.items()
+    }
+    return frame.assign(**labels)
 
 
 def _numbers(x: Any) -> Tensor:

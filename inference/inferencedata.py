@@ -20,8 +20,8 @@ from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.collapse import EVIDENCE_SITE, PARTICLE_DIM, collapsed
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.isolation import isolated
-from elbozoo.models.contract.sequences import SequenceEntry, observations, steps_mask
-from elbozoo.models.contract.sites import OBSERVED_SITE, LatentSite, is_local_node, stochastic_nodes
+from elbozoo.models.contract.sequences import StackedEntry, observations, steps_mask
+from elbozoo.models.contract.sites import OBSERVED_SITE, LatentSite, is_local_node, log_density, stochastic_nodes
 
 Array = npt.NDArray[Any]
 NO_STATE = -1  # stands for the state of a padded step, where a number can be no NaN
@@ -40,15 +40,15 @@ def inference_data(entry: Entry, guide: Guide, x: Tensor, draws: int, seed: int)
     ``sample_stats``
         What NUTS says of each draw: ``diverging``, ``lp``, ``n_steps``, ``step_size``.
     ``prior``, ``prior_predictive``
-        Draws of z from the prior, and of data at those z.
+        Draws of z from the prior, and of data at those z; not under a flat prior, which has none.
     ``observed_data``, ``constant_data``
         The observed site, and what the entry conditions on, such as covariates.
 
     Draws of NUTS keep their chains, all of them. Any other q has one chain: its draws are independent, so that
     r-hat and ESS, which are about chains, say nothing about them.
 
-    Dimensions are ``row`` and ``column``, or ``sequence`` and ``step`` for sequences, and those that the entry names
-    in ``site_dims``. Steps that are padding hold NaN, or -1 where the latent is a state.
+    Dimensions are ``row`` and ``column``, or ``sequence`` and ``step`` for sequences, ``group`` and ``row`` for groups,
+    and those that the entry names in ``site_dims``. Steps that are padding hold NaN, or -1 where the latent is a state.
 
     Parameters
     ----------
@@ -64,11 +64,13 @@ def inference_data(entry: Entry, guide: Guide, x: Tensor, draws: int, seed: int)
     with isolated(seed), torch.no_grad():
         values = _draws_of(entry, guide, batch, draws)
         values = {name: value for name, value in values.items() if name not in summed_out}
-        sizes = _chunks(batch, len(next(iter(values.values()))) if values else draws)
+        sizes = _chunks(entry, batch, len(next(iter(values.values()))) if values else draws)
         parts = list(zip(_split(values, sizes), sizes, strict=True))
         posterior = _Runs.joined([_runs(entry, summed_out, batch, part, size) for part, size in parts])
         likelihood = torch.cat([_log_likelihood(entry, summed_out, batch, part, size) for part, size in parts])
-        prior = _Runs.joined([_runs(entry, summed_out, batch, {}, size) for size in _chunks(batch, draws)])
+        # From a flat prior there is nothing to draw.
+        is_proper = all(site.is_proper for site in entry.latent_sites(x))
+        prior = _Runs.joined([_runs(entry, summed_out, batch, {}, size) for size in _chunks(entry, batch, draws)])
     chains = len(next(iter(guide.draws.values()))) if isinstance(guide, DrawsGuide) else 1
     statistics = guide.statistics if isinstance(guide, DrawsGuide) else {}
     names = _Names(entry, x, posterior)
@@ -84,8 +86,8 @@ def inference_data(entry: Entry, guide: Guide, x: Tensor, draws: int, seed: int)
         posterior_predictive=group({OBSERVED_SITE: posterior.data}, chains),
         log_likelihood={OBSERVED_SITE: in_chains(likelihood.numpy(), chains)},
         sample_stats={name: each.numpy() for name, each in statistics.items()} or None,
-        prior=group(prior.latents) or None,
-        prior_predictive=group({OBSERVED_SITE: prior.data}),
+        prior=(group(prior.latents) or None) if is_proper else None,
+        prior_predictive=group({OBSERVED_SITE: prior.data}) if is_proper else None,
         observed_data={OBSERVED_SITE: names.blank(OBSERVED_SITE, _observed(entry, x, posterior))},
         constant_data={name: value.numpy() for name, value in entry.constant_data(x).items()} or None,
         dims=names.dims,
@@ -171,9 +173,9 @@ def _draws_of(entry: Entry, guide: Guide, batch: Batch, draws: int) -> dict[str,
     }
 
 
-def _chunks(batch: Batch, draws: int) -> list[int]:
+def _chunks(entry: Entry, batch: Batch, draws: int) -> list[int]:
     """Sizes of the chunks of draws in which the program is run, so that memory stays bounded."""
-    size = max(1, CHUNK_ELEMENTS // max(1, batch.x.numel()))
+    size = max(1, CHUNK_ELEMENTS // (len(batch.x) * entry.elements(batch.x)))
     return [min(size, draws - start) for start in range(0, draws, size)]
 
 
@@ -207,7 +209,7 @@ def _is_computed(node: Mapping[str, Any]) -> bool:
 def _observed(entry: Entry, x: Tensor, runs: _Runs) -> Array:
     """Return the data at the observed site, NaN where a sequence has none."""
     shape = runs.data.values.shape[1:]
-    observed = observations(x).reshape(shape) if isinstance(entry, SequenceEntry) else runs.observed.expand(shape)
+    observed = observations(x).reshape(shape) if isinstance(entry, StackedEntry) else runs.observed.expand(shape)
     result: Array = observed.numpy()
     return result
 
@@ -221,8 +223,7 @@ def _log_likelihood(
         trace = poutine.trace(program).get_trace(batch)
     site = EVIDENCE_SITE if summed_out else OBSERVED_SITE
     trace.compute_log_prob(site_filter=lambda name, node: name == site)
-    result: Tensor = trace.nodes[site]["unscaled_log_prob"].expand(draws, len(batch.x))
-    return result
+    return log_density(trace.nodes[site]).expand(draws, len(batch.x))
 
 
 class _Names:
@@ -230,8 +231,9 @@ class _Names:
 
     def __init__(self, entry: Entry, x: Tensor, runs: _Runs) -> None:
         self.entry = entry
-        self.padding = ~steps_mask(x) if isinstance(entry, SequenceEntry) else None
-        self.rows = "row" if self.padding is None else "sequence"
+        self.padding = ~steps_mask(x) if isinstance(entry, StackedEntry) else None
+        self.stack = entry.stack_dims if isinstance(entry, StackedEntry) else ("row",)
+        self.rows = self.stack[0]
         sites = {**runs.latents, OBSERVED_SITE: runs.data}
         constants = {name: _Site(value[None], is_local=True) for name, value in entry.constant_data(x).items()}
         self.dims = {name: self._dims(name, site) for name, site in {**sites, **constants}.items()}
@@ -242,7 +244,7 @@ class _Names:
     def blank(self, name: str, values: Array) -> Array:
         """Put NaN, or -1 for a whole number, where a step is padding."""
         dims = self.dims[name]
-        if self.padding is None or not self.padding.any() or dims[:2] != ["sequence", "step"]:
+        if self.padding is None or not self.padding.any() or tuple(dims[:2]) != self.stack:
             return values
         where = self.padding.numpy().reshape(self.padding.shape + (1,) * (len(dims) - 2))
         return np.where(where, np.nan if values.dtype.kind == "f" else NO_STATE, values)
@@ -255,7 +257,7 @@ class _Names:
 
     def _default(self, name: str, site: _Site) -> list[str]:
         shape = site.event_shape
-        steps = ["step"] if self.padding is not None and site.is_local and len(shape) else []
+        steps = list(self.stack[1:]) if site.is_local and len(shape) else []
         rest = shape[len(steps) :]
         if name == OBSERVED_SITE and rest == (self.entry.columns,):
             return [*steps, "column"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from elbozoo.guides.local import LocalGuide
 from elbozoo.guides.sequences import SequenceGuide
 from elbozoo.guides.whole import WholeGuide
 from elbozoo.inference.best_flow import best_flow
+from elbozoo.inference.best_group import best_group_member
 from elbozoo.inference.best_member import BestMember, best_member
 from elbozoo.inference.best_path import best_path_member
+from elbozoo.inference.corruption import denoising_elbo
 from elbozoo.inference.diagnostics import k_hat
 from elbozoo.inference.divergence import kl_to_posterior
 from elbozoo.inference.evidence import PARTICLES, Evidence, estimate_evidence, log_evidence
@@ -26,6 +29,7 @@ from elbozoo.inference.weights import Weights, importance_weights
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, HasExpectedLogJoint
 from elbozoo.models.contract.errors import NumericalFailure
+from elbozoo.models.contract.groups import GroupEntry
 from elbozoo.models.contract.isolation import isolated
 
 BOUND_Z = 6.0
@@ -58,6 +62,11 @@ class Ledger:
         Whether the search for the best member ended at a maximum; True where it was not needed.
     rows : int
         Number of rows that the totals are over.
+    is_bound : bool
+        Whether q has a density, so that there is an ELBO, which bounds the evidence.
+    denoising_elbo, denoising_elbo_se : float
+        ELBO of the denoising criterion and its standard error, where q is trained on corrupted rows; NaN elsewhere.
+        See :func:`~elbozoo.inference.corruption.denoising_elbo`.
     """
 
     elbo: float
@@ -75,6 +84,9 @@ class Ledger:
     khat_share: float
     best_member_converged: bool
     rows: int
+    is_bound: bool
+    denoising_elbo: float
+    denoising_elbo_se: float
 
     def as_dict(self) -> dict[str, float | str | bool | None]:
         """Return the figures by name."""
@@ -112,8 +124,15 @@ def compute_ledger(
     elbo, elbo_se = elbo_of(entry, guide, x, weights)
     evidence = evidence or estimate_evidence(weights)
     check_bound(elbo, elbo_se, evidence)
+    denoising, denoising_se = denoising_elbo(entry, guide, x, seed)
+    if not math.isnan(denoising):
+        check_bound(denoising, denoising_se, evidence)
+    best = _best_elbo(entry, guide, x, options, seed, elbo)
+    if evidence.kind == "estimate" and best.weights is not None:
+        # Both are lower bounds, and a better q draws the better one.
+        evidence = max(evidence, estimate_evidence(best.weights), key=lambda estimate: estimate.value)
     gap = evidence.value - elbo
-    approximation, converged = _approximation_gap(entry, guide, x, options, seed, evidence, weights)
+    approximation = 0.0 if best.is_posterior else evidence.value - best.elbo
     kl = kl_to_posterior(entry, guide, x, seed + 1)
     khat = k_hat(weights)
     return Ledger(
@@ -130,8 +149,11 @@ def compute_ledger(
         kl_se=kl.standard_error if kl else math.nan,
         khat_max=khat.maximum if khat else math.nan,
         khat_share=khat.share_above if khat else math.nan,
-        best_member_converged=converged,
+        best_member_converged=best.converged,
         rows=entry.count(x),
+        is_bound=True,
+        denoising_elbo=denoising,
+        denoising_elbo_se=denoising_se,
     )
 
 
@@ -164,28 +186,48 @@ def check_bound(elbo: float, elbo_se: float, evidence: Evidence) -> None:
         )
 
 
-def _approximation_gap(
-    entry: Entry, guide: Guide, x: Tensor, options: GuideOptions, seed: int, evidence: Evidence, weights: Weights
-) -> tuple[float, bool]:
-    if guide.family == "posterior":
-        return 0.0, True
+class _BestELBO(NamedTuple):
+    """What the best member of the guide's family reaches.
+
+    Attributes
+    ----------
+    elbo : float
+        Its ELBO, total nats; NaN where the best member is not known.
+    is_posterior : bool
+        Whether it is the posterior itself, so that there is nothing to measure.
+    converged : bool
+        Whether the search for it ended at a maximum.
+    weights : Weights or None
+        Importance weights of its draws, where it was searched for.
+    """
+
+    elbo: float = math.nan
+    is_posterior: bool = False
+    converged: bool = True
+    weights: Weights | None = None
+
+
+def _best_elbo(entry: Entry, guide: Guide, x: Tensor, options: GuideOptions, seed: int, elbo: float) -> _BestELBO:
+    # The categorical family over one finite latent contains every posterior.
+    is_posterior = guide.is_discrete and len(entry.latent_sites(x)) == 1 and guide.is_local
+    if guide.family == "posterior" or is_posterior:
+        return _BestELBO(is_posterior=True)
     if not guide.is_local:
         # One q for the whole data set leaves nothing to amortize: the gap is the family's and the optimiser's.
-        return evidence.value - elbo_of(entry, guide, x, weights)[0], True
-    if guide.is_discrete and len(entry.latent_sites(x)) == 1:
-        # The categorical family over one finite latent contains every posterior.
-        return 0.0, True
+        return _BestELBO(elbo)
     best = _best(entry, guide, x, options)
     if best is None:
-        return math.nan, True
+        return _BestELBO()
     # The same seed gives both the same draws, so that their difference has little noise.
-    best_weights = importance_weights(entry, best.guide, Batch.full(x), PARTICLES, seed)
-    return evidence.value - elbo_of(entry, best.guide, x, best_weights)[0], best.converged
+    weights = importance_weights(entry, best.guide, Batch.full(x), PARTICLES, seed)
+    return _BestELBO(elbo_of(entry, best.guide, x, weights)[0], converged=best.converged, weights=weights)
 
 
 def _best(entry: Entry, guide: Guide, x: Tensor, options: GuideOptions) -> BestMember | None:
     if isinstance(guide, SequenceGuide):
         return best_path_member(entry, guide, x, options)
+    if isinstance(entry, GroupEntry):
+        return best_group_member(entry, guide, x, options)
     if guide.family == "flow" and isinstance(guide, LocalGuide):
         return best_flow(entry, guide, x, options)
     if isinstance(guide, WholeGuide):
@@ -214,4 +256,7 @@ def _without_bound(evidence: Evidence | None, best_known: float, rows: int) -> L
         khat_share=nan,
         best_member_converged=True,
         rows=rows,
+        is_bound=False,
+        denoising_elbo=nan,
+        denoising_elbo_se=nan,
     )

@@ -17,7 +17,7 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
@@ -32,7 +32,13 @@ from elbozoo.models.contract.collapse import PARTICLE_DIM
 from elbozoo.models.contract.entry import Entry, HasExpectedLogJoint
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.sequences import steps_mask
-from elbozoo.models.contract.sites import MAX_PLATE_NESTING, OBSERVED_SITE, is_local_node, stochastic_nodes
+from elbozoo.models.contract.sites import (
+    MAX_PLATE_NESTING,
+    OBSERVED_SITE,
+    is_local_node,
+    log_density,
+    stochastic_nodes,
+)
 
 Gradient = Literal["auto", "reparameterised", "score", "doubly-reparameterised"]
 Program = Callable[[Batch], Any]
@@ -156,12 +162,6 @@ class Draws(NamedTuple):
 def samples(trace: poutine.Trace) -> Iterator[Node]:
     """Yield the sample nodes of a pruned trace."""
     return (node for node in trace.nodes.values() if node["type"] == "sample")
-
-
-def log_density(node: Node) -> Tensor:
-    """Log probability of a traced node, masked and not scaled: the scale comes after what is nonlinear."""
-    result: Tensor = scale_and_mask(node["unscaled_log_prob"], mask=node["mask"])
-    return result
 
 
 def draw(model: Program, guide: Guide, batch: Batch, particles: int, *, through: bool = True) -> Draws:
@@ -380,6 +380,35 @@ def _with_gradient(trace: poutine.Trace) -> list[tuple[str, Node]]:
                 "no gradient; set gradient=score or gradient=auto"
             )
     return list(stochastic_nodes(trace))
+
+
+class ELBOAndLabels(OwnELBO):
+    """The enumerated ELBO, and the log probability that the guide's classifier gives to the labels that are known.
+
+    The ELBO asks nothing of q(y given x) where the class is known, so that a classifier learns from the other rows
+    alone; this is equation 9 of Kingma et al. (2014). Their α counts the mean over the rows with labels, and so is
+    ``weight`` times the number of those. No log probability exceeds zero, and the objective never the ELBO.
+
+    Parameters
+    ----------
+    particles : int
+        Draws of each datum of what is not enumerated.
+    weight : float
+        How many times the label of a row counts.
+    """
+
+    def __init__(self, particles: int, weight: float) -> None:
+        super().__init__(num_particles=particles, max_plate_nesting=MAX_PLATE_NESTING)
+        self.weight = weight
+        self.elbo = TraceEnum_ELBO(
+            num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=MAX_PLATE_NESTING
+        )
+
+    def differentiable_loss(self, model: Program, guide: Any, batch: Batch) -> Tensor:
+        """Minus the objective, nats over the whole data set."""
+        loss: Tensor = self.elbo.differentiable_loss(model, guide, batch)
+        labels: Tensor = guide.log_probability_of_labels(batch).sum()
+        return loss - self.weight * labels * (batch.total / len(batch.x))
 
 
 # ---- the weight of the divergence ------------------------------------------------------------------------------------

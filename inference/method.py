@@ -15,16 +15,24 @@ from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.guides.conjugate import ConjugateGuide
-from elbozoo.guides.registry import ALL_NAMES, build_guide, guide_names, resolve_guide
-from elbozoo.inference.best_member import best_member
+from elbozoo.guides.registry import ALL_NAMES, build_guide, guide_names, refusal_of, resolve_guide
 from elbozoo.inference.cavi import CAVIOptions, run_cavi
+from elbozoo.inference.checkpoints import Checkpoints, fingerprint
+from elbozoo.inference.devices import resolve_device
 from elbozoo.inference.em import EMOptions, run_em
-from elbozoo.inference.fit import Fit
+from elbozoo.inference.event_log import event_log
+from elbozoo.inference.fit import Fit, provenance
+from elbozoo.inference.heldout import ALONE, Companions, joined
 from elbozoo.inference.monte_carlo_em import MonteCarloEMOptions, run_monte_carlo_em
 from elbozoo.inference.nuts import NUTSOptions, run_nuts
 from elbozoo.inference.objectives import resolve_objective
+from elbozoo.inference.posterior_guide import posterior_guide, refusal_of_posterior_guide
+from elbozoo.inference.records import NO_RECORDS, Records
+from elbozoo.inference.resampling import PixelDraws
+from elbozoo.inference.row_density import refusal_of_density
 from elbozoo.inference.svi import TrainingOptions, check_training, run_svi
 from elbozoo.inference.trajectory import Trajectory
+from elbozoo.inference.validation import Validation, check_validation, validation_for
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import (
     Entry,
@@ -39,7 +47,7 @@ from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.isolation import SEEDS, isolated
 from elbozoo.models.contract.options import Options
 from elbozoo.models.contract.registry import get_entry
-from elbozoo.models.contract.sequences import SequenceEntry
+from elbozoo.models.contract.sites import LatentSite
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +61,7 @@ SCHEMA_TITLES: dict[type[Options], str] = {
 }
 SCHEMAS: tuple[type[Options], ...] = tuple(SCHEMA_TITLES)
 SPECIAL = ("em", "closed-form", "cavi", "nuts")
-POSTERIOR_FAMILY = "full-rank-normal"
+DEFAULTS = ("em", "mean-field", "amortized")
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,12 @@ class Plan:
         Name by which it was asked for.
     entry : Entry
         A model built for the data, at the starting values of seed 0.
+    records : Records
+        What its fits leave on disk while they run.
+    table : Tensor (N, D)
+        The rows as they came, before they were arranged.
+    companions : Companions
+        Data beside these rows: to stop by, to test with, to draw binary pixels from.
     """
 
     method: str
@@ -76,6 +90,9 @@ class Plan:
     x: Tensor
     options: dict[str, Any]
     build: Callable[[int], Entry]
+    table: Tensor
+    records: Records = NO_RECORDS
+    companions: Companions = ALONE
 
     def run(self, seed: int, *, theta: Entry | None = None, progress: bool = True) -> Fit:
         """Fit from ``seed``, which decides the starting values and every draw.
@@ -91,6 +108,11 @@ class Plan:
         with isolated(seed):
             return _RUNNERS.get(self.method, _run_guide)(self, entry, x, seed, progress)
 
+    @property
+    def keeps_records(self) -> bool:
+        """Whether its fits can go on from a checkpoint and write a log: those by SVI and by Monte Carlo EM."""
+        return self.method not in SPECIAL or (self.method == "em" and not isinstance(self.entry, SupportsEM))
+
     def reads(self) -> set[str]:
         """Return the names of the options that this fit reads."""
         schemas = (type(self.entry.options), *schemas_of_method(self.method, self.entry))
@@ -102,7 +124,15 @@ class Plan:
         return cls.parse({k: v for k, v in given.items() if k in cls.model_fields})
 
 
-def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any], names: Sequence[str] | None = None) -> Plan:
+def plan(
+    model: Any,
+    x: Tensor,
+    method: str | None,
+    options: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+    records: Records = NO_RECORDS,
+    companions: Companions = ALONE,
+) -> Plan:
     """Check everything about a fit before it runs.
 
     Parameters
@@ -111,12 +141,17 @@ def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any], names: 
         Name of an entry, an entry class, or a program of the user's.
     x : Tensor (N, D)
         Data, float64.
-    method : str
-        ``em``, ``closed-form``, ``cavi``, ``nuts`` or a guide's name.
+    method : str or None
+        ``em``, ``closed-form``, ``cavi``, ``nuts`` or a guide's name; None takes ``mean-field``, or the first guide
+        among the default methods where that does not fit.
     options : mapping
         Options of the model, the guide and the method, by name; one name is one option wherever it is read.
     names : sequence of str, optional
         Names of the columns of ``x``.
+    records : Records
+        What the fits leave on disk while they run.
+    companions : Companions
+        Data beside ``x``: to stop by, to test with, to draw binary pixels from.
 
     Raises
     ------
@@ -127,13 +162,36 @@ def plan(model: Any, x: Tensor, method: str, options: Mapping[str, Any], names: 
     rest = {k: v for k, v in options.items() if k not in entry_options.model_fields}
     _check_names(rest, entry_options)
     entry = build(0)
+    method = default_guide(entry) if method is None else method
     canonical = resolve_method(method, entry)
-    result = Plan(canonical, method, entry, entry.arrange(x, entry.options), dict(options), build)
+    arranged = entry.arrange(x, entry.options)
+    _check_companions(entry, arranged, companions)
+    result = Plan(canonical, method, entry, arranged, dict(options), build, x, records, companions)
     for schema in SCHEMAS:
         result.schema(schema)
     if canonical not in SPECIAL:
         _check_objective(result)
+    for schema in schemas_of_method(canonical, entry):
+        if "device" in schema.model_fields:
+            resolve_device(result.schema(schema).device, entry.dtype)
     return result
+
+
+def refuse_without_records(plans: Sequence[Plan]) -> None:
+    """Refuse records that none of ``plans`` keeps.
+
+    Raises
+    ------
+    InvalidInput
+        With the methods that do keep some.
+    """
+    records = plans[0].records
+    asked = [name for name in ("checkpoint", "tensorboard") if getattr(records, name) is not None]
+    if asked and not any(each.keeps_records for each in plans):
+        raise InvalidInput(
+            f"{asked[0]}: found with {', '.join(each.label for each in plans)}, expected a guide or Monte Carlo EM: "
+            "other methods keep no checkpoint and no log, and are run again from the start; leave it out"
+        )
 
 
 def warn_of_unread(plans: Sequence[Plan]) -> None:
@@ -193,7 +251,14 @@ def default_methods(entry: Entry) -> list[str]:
         return ["exact"]
     if any(not site.is_local for site in sites):
         return ["mean-field", "full-rank", "laplace"]
-    return [name for name in ("em", "mean-field", "amortized") if _refusals(entry).get(name) is None]
+    special = _refusals(entry)
+    reasons = {name: special.get(name) or (None if name in special else refusal_of(name, entry)) for name in DEFAULTS}
+    return [name for name, reason in reasons.items() if reason is None]
+
+
+def default_guide(entry: Entry) -> str:
+    """Return the guide that is meant when none is named: mean-field where it fits."""
+    return next((name for name in default_methods(entry) if name not in SPECIAL), "mean-field")
 
 
 def resolve_method(name: str, entry: Entry) -> str:
@@ -221,13 +286,8 @@ def _refusals(entry: Entry) -> dict[str, str | None]:
     sites = entry.latent_sites()
     learns = bool(list(entry.parameters()))
     em = closed = cavi = nuts = None
-    if not isinstance(entry, SupportsEM) and not (
-        len(sites) == 1 and sites[0].is_local and sites[0].is_real and learns and not isinstance(entry, SequenceEntry)
-    ):
-        em = (
-            "it has no E and M step in closed form, and Monte Carlo EM needs one continuous latent per datum "
-            "and parameters to learn"
-        )
+    if not isinstance(entry, SupportsEM):
+        em = _monte_carlo_em_refusal(entry, sites)
     if not sites:
         em = "it has no latent, and its likelihood is exact: fit it with the guide exact"
     if not isinstance(entry, HasClosedForm):
@@ -241,6 +301,15 @@ def _refusals(entry: Entry) -> dict[str, str | None]:
     elif any(site.is_discrete and not site.is_local for site in sites):
         nuts = "a latent is discrete, and NUTS follows gradients"
     return {"em": em, "closed-form": closed, "cavi": cavi, "nuts": nuts}
+
+
+def _monte_carlo_em_refusal(entry: Entry, sites: list[LatentSite]) -> str | None:
+    if not sites:
+        return None
+    if not list(entry.parameters()):
+        return "it has no parameters to learn, and EM learns nothing else"
+    reason = refusal_of_density(entry, sites) or refusal_of_posterior_guide(entry)
+    return reason and f"it has no E and M step in closed form, and for Monte Carlo EM {reason}"
 
 
 def _builder(
@@ -268,26 +337,81 @@ def _check_names(options: Mapping[str, Any], entry_options: type[Options]) -> No
             raise unknown_name("option", name, known)
 
 
+def _check_companions(entry: Entry, x: Tensor, companions: Companions) -> None:
+    """Refuse other rows that the entry could not have been fitted to."""
+    for part in ("validation", "test"):
+        table = getattr(companions, part)
+        if table is None:
+            continue
+        new = entry.arrange(table, entry.options)
+        if new.shape[-1] != x.shape[-1]:
+            raise InvalidInput(
+                f"{part}: found {table.shape[1]} columns, expected those of the fit: {', '.join(entry.table_names)}"
+            )
+        try:
+            # Together with those of the fit, since few rows alone may be too few for a fit.
+            entry.check_data(joined(entry, x, new), entry.options)
+        except InvalidInput as error:
+            raise InvalidInput(f"{part} rows, which stand after the {len(x)} of the fit: {error}") from None
+
+
 def _check_objective(plan: Plan) -> None:
     with isolated(0):
         x = plan.x[:2].to(plan.entry.dtype)
         guide = build_guide(plan.method, plan.entry, x, plan.schema(GuideOptions).without_search())
     options = plan.schema(TrainingOptions)
     check_training(resolve_objective(options.objective, guide, options), guide, options, len(plan.x))
+    check_validation(guide, plan.companions.validation, options)
 
 
 def _run_guide(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
     options = plan.schema(TrainingOptions)
     guide = build_guide(plan.method, entry, x, plan.schema(GuideOptions))
     objective = resolve_objective(options.objective, guide, options)
-    batch = Batch.full(x)
+    device = resolve_device(options.device, entry.dtype)
+    records = plan.records.under(f"{plan.method}-{seed}")
+    checkpoints = _checkpoints(plan, records, entry, seed, options, device, ("steps",))
+    entry.to(device)
+    guide.to(device)
     before = time.perf_counter()
-    result = run_svi(entry, guide, objective, batch, options, progress=progress)
-    guide.finalize(batch)
-    seconds = time.perf_counter() - before
+    moving = options.weighting if objective.moving_steps(options) else None
+    watch = validation_for(entry, guide, plan.companions.validation, options, seed)
+    with event_log(records.tensorboard, moving) as log:
+        batch = Batch.full(x.to(device))
+        result = run_svi(
+            entry,
+            guide,
+            objective,
+            batch,
+            options,
+            progress=progress,
+            observers=[*log, *([watch] if watch else [])],
+            resample=_pixel_draws(plan, entry),
+            checkpoints=checkpoints,
+        )
+    notes = watch.finish(len(result.trajectory.rows)) if watch else []
+    entry.cpu()
+    guide.cpu()
+    guide.finalize(Batch.full(x))
+    seconds = time.perf_counter() - before + (checkpoints.seconds if checkpoints else 0.0)
     return _fit(
-        plan, entry, guide, seed, objective.name, result.trajectory, seconds, result.converged, result.interrupted
+        plan,
+        entry,
+        guide,
+        seed,
+        objective.name,
+        result.trajectory,
+        seconds,
+        result.converged,
+        result.interrupted,
+        notes,
+        watch,
     )
+
+
+def _pixel_draws(plan: Plan, entry: Entry) -> PixelDraws | None:
+    intensities = plan.companions.intensities
+    return None if intensities is None else PixelDraws(entry, plan.table, intensities)
 
 
 def _run_em(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
@@ -303,17 +427,55 @@ def _run_em(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> F
 
 
 def _run_monte_carlo_em(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
+    options = plan.schema(MonteCarloEMOptions)
+    device = resolve_device(options.device, entry.dtype)
+    records = plan.records.under(f"{plan.method}-{seed}")
+    checkpoints = _checkpoints(plan, records, entry, seed, options, device, ("iterations",))
+    entry.to(device)
     before = time.perf_counter()
-    run = run_monte_carlo_em(entry, Batch.full(x), plan.schema(MonteCarloEMOptions), progress=progress)
-    # Draws have no density, so the q of the fit is the normal closest to the posterior they came from.
-    entry = entry.double()
-    best = best_member(entry, POSTERIOR_FAMILY, x.double(), plan.schema(GuideOptions))
-    assert best is not None
-    seconds = time.perf_counter() - before
-    notes = ["q is the full-rank normal of each datum that is closest to its posterior"]
+    with event_log(records.tensorboard) as log:
+        batch = Batch.full(x.to(device))
+        run = run_monte_carlo_em(entry, batch, options, progress=progress, logs=log, checkpoints=checkpoints)
+    # Draws have no density, so the q of the fit is the closest to the posterior they came from.
+    entry = entry.cpu().double()
+    found = posterior_guide(entry, x.double(), plan.schema(GuideOptions))
+    seconds = time.perf_counter() - before + (checkpoints.seconds if checkpoints else 0.0)
+    notes = [found.note, *run.notes]
     return _fit(
-        plan, entry, best.guide, seed, "E[log p(x, z)]", run.trajectory, seconds, run.converged, run.interrupted, notes
+        plan, entry, found.guide, seed, run.objective, run.trajectory, seconds, run.converged, run.interrupted, notes
     )
+
+
+def _checkpoints(
+    plan: Plan,
+    records: Records,
+    entry: Entry,
+    seed: int,
+    options: Options,
+    device: torch.device,
+    lengths: tuple[str, ...],
+) -> Checkpoints | None:
+    """Return the checkpoints of a fit; options in ``lengths`` may grow, since they change nothing before the end."""
+    if records.checkpoint is None:
+        return None
+    program = type(entry.program).__qualname__ if isinstance(entry, Program) else None
+    free = () if getattr(options, "schedule", None) == "cosine" else lengths
+    frozen = {name: value for name, value in entry.named_parameters() if not value.requires_grad}
+    versions = provenance()
+    identity = {
+        "model": entry.name() if program is None else f"{entry.name()} {program}",
+        "method": plan.method,
+        "seed": seed,
+        "model option": entry.options.model_dump(mode="json"),
+        "guide option": plan.schema(GuideOptions).model_dump(mode="json"),
+        "option": options.model_dump(mode="json", exclude={*free, "device"}),
+        "data": {"shape": list(plan.x.shape), "sha256": fingerprint({"x": plan.x, **plan.companions.while_fitting()})},
+        "fixed parameters": fingerprint(frozen) if frozen else None,
+        "device": str(device),
+        "version": {name: versions[name] for name in ("elbozoo", "torch", "pyro-ppl")},
+    }
+    machine = {name: versions[name] for name in ("threads", "platform")}
+    return Checkpoints(records.checkpoint, records.checkpoint_every, identity, machine)
 
 
 def _run_closed_form(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
@@ -358,7 +520,11 @@ def _fit(
     converged: bool,
     interrupted: bool,
     notes: list[str] | None = None,
+    watch: Validation | None = None,
 ) -> Fit:
+    if plan.companions.intensities is not None:
+        how = "to new draws of the pixels at each step" if plan.method not in SPECIAL else "to that one draw alone"
+        notes = [*(notes or []), f"figures are of one draw of the binary pixels; the fit was {how}"]
     # The run built both for itself, so the fit owns them; everything is judged in float64.
     return Fit(
         model=entry.name(),
@@ -376,4 +542,6 @@ def _fit(
         shape=tuple(plan.x.shape),
         notes=notes or [],
         x=plan.x.double(),
+        validation=watch.frame() if watch else None,
+        companions=plan.companions,
     )

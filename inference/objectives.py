@@ -11,11 +11,13 @@ from pyro.distributions.transforms import AffineAutoregressive, ConditionalAffin
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 
 from elbozoo.guides.base import Guide
+from elbozoo.guides.labelled import LabelThenLatentGuide
 from elbozoo.guides.local import ExactGuide
 from elbozoo.guides.sequences import SequenceGuide
 from elbozoo.inference.losses import (
     BetaELBO,
     DrawnELBO,
+    ELBOAndLabels,
     EvidenceELBO,
     ExpectedELBO,
     Gradient,
@@ -35,7 +37,7 @@ class ObjectiveOptions(Options):
 
     objective: str = Field(
         "auto",
-        description="elbo, elbo-analytic, elbo-enumerated, iwae, beta, reweighted-wake-sleep; "
+        description="elbo, elbo-analytic, elbo-enumerated, elbo-and-labels, iwae, beta, reweighted-wake-sleep; "
         "auto enumerates a discrete latent",
     )
     particles: int | None = Field(
@@ -63,6 +65,10 @@ class ObjectiveOptions(Options):
     )
     sleep: float = Field(
         0.0, ge=0, le=1, description="share of dreamt data in what the guide learns by reweighted-wake-sleep"
+    )
+
+    label_weight: float = Field(
+        1.0, ge=0, description="how many times elbo-and-labels counts the label of a row in what the classifier learns"
     )
 
     @property
@@ -126,6 +132,8 @@ class Objective:
         """Say why this objective does not suit ``guide``, or return None."""
         if self.name == "elbo-enumerated" and not guide.has_discrete:
             return "its latent is continuous and cannot be enumerated; use elbo or elbo-analytic"
+        if self.name == "elbo-and-labels" and not isinstance(guide, LabelThenLatentGuide):
+            return "it has no classifier that could learn from labels; use elbo-enumerated"
         if self.name == "elbo-analytic" and guide.family in ("delta", "flow", "laplace"):
             return f"KL({guide.family} ‖ prior) has no closed form; use elbo"
         if self.name == "elbo-analytic" and guide.has_discrete:
@@ -212,6 +220,14 @@ OBJECTIVES: dict[str, Objective] = {
         ),
         Objective("elbo-enumerated", _elbo(TraceEnum_ELBO), "sums over the values of a discrete latent", gradients=()),
         Objective(
+            "elbo-and-labels",
+            lambda particles, options: ELBOAndLabels(particles, options.label_weight),
+            "elbo-enumerated, and the log probability that the classifier gives to the labels that are known",
+            is_elbo=False,
+            gradients=(),
+            reads=("label_weight",),
+        ),
+        Objective(
             "iwae",
             lambda particles, options: ImportanceWeightedELBO(particles, options.gradient),
             "the importance-weighted bound of K draws for each datum, a finite latent drawn like any other",
@@ -264,7 +280,7 @@ def _unread(objective: Objective, options: ObjectiveOptions) -> list[str]:
     default: dict[str, Any] = DEFAULTS.model_dump()
     return [
         name
-        for name in (*KL_OPTIONS, "sleep")
+        for name in (*KL_OPTIONS, "sleep", "label_weight")
         if name not in objective.reads and getattr(options, name) != default[name]
     ]
 

@@ -60,7 +60,7 @@ from elbozoo.inference.hmc import HMCState, LogJoint, initial_state, transition
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.collapse import PARTICLE_DIM
 from elbozoo.models.contract.entry import Entry
-from elbozoo.models.contract.sites import LatentSite
+from elbozoo.models.contract.sites import LatentSite, log_density
 
 LEAPFROG_STEPS = (1, 2, 3)  # in turn: after half an orbit of one length a chain would have the likelihood that it had
 STEP_SIZE = 0.5  # first leapfrog step of the pilot; the prior of most programs has unit scale
@@ -117,9 +117,9 @@ class RowProgram:
         likelihood = torch.zeros_like(prior)
         for name, node in trace.nodes.items():
             if name in values:
-                prior = prior + node["unscaled_log_prob"]
+                prior = prior + log_density(node)
             elif "unscaled_log_prob" in node:
-                likelihood = likelihood + node["unscaled_log_prob"]
+                likelihood = likelihood + log_density(node)
         return prior, likelihood
 
     def log_likelihood(self, u: Tensor) -> Tensor:
@@ -130,11 +130,11 @@ class RowProgram:
     def tempered(self, power: Tensor) -> LogJoint:
         """Log density of the prior times the likelihood to the ``power`` (B,) of each datum."""
 
-        def log_density(u: Tensor) -> Tensor:
+        def at_power(u: Tensor) -> Tensor:
             prior, likelihood = self.log_terms(u)
             return prior + power * likelihood
 
-        return log_density
+        return at_power
 
 
 class Path(NamedTuple):

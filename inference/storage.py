@@ -20,13 +20,14 @@ from elbozoo.models.contract.entry import Entry, Program
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.contract.registry import get_entry
-from elbozoo.models.contract.sequences import SequenceEntry
+from elbozoo.models.contract.sequences import StackedEntry
 
 if TYPE_CHECKING:
     from elbozoo.inference.fit import Fit
 
-FORMAT = 2
+FORMAT = 3
 CARD, MODEL, GUIDE, TRAJECTORY = "fit.json", "model.safetensors", "guide.safetensors", "trajectory.csv"
+VALIDATION = "validation.csv"  # where validation rows were asked for
 
 
 def save_fit(fit: Fit, directory: str | Path) -> Path:
@@ -45,6 +46,9 @@ def save_fit(fit: Fit, directory: str | Path) -> Path:
     save_file(_tensors(fit.entry), folder / MODEL)
     save_file(_tensors(fit.guide), folder / GUIDE)
     fit.trajectory.to_csv(folder / TRAJECTORY, index=False)
+    (folder / VALIDATION).unlink(missing_ok=True)  # what an earlier fit left there is not of this one
+    if fit.validation is not None:
+        fit.validation.to_csv(folder / VALIDATION, index=False)
     (folder / CARD).write_text(json.dumps(_card(fit), indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -108,6 +112,7 @@ def _card(fit: Fit) -> dict[str, Any]:
         "shape": list(fit.shape),
         "columns": fit.entry.columns,
         "names": list(fit.entry.table_names),
+        "levels": fit.entry.levels,
         "model_options": fit.entry.options.model_dump(),
         "guide_options": fit.guide_options.model_dump(),
         "options": fit.options,
@@ -124,7 +129,7 @@ def _restore(card: dict[str, Any], folder: Path) -> dict[str, Any]:
     entry = entry_class(entry_class.Options.parse(card["model_options"]), card["columns"]).double()
     entry.load_state_dict(load_file(folder / MODEL))
     guide_options = GuideOptions.parse(card["guide_options"])
-    entry.table_names = tuple(card["names"])
+    entry.table_names, entry.levels = tuple(card["names"]), card["levels"]
     guide = _restore_guide(card["guide"], entry, tuple(card["shape"]), guide_options, load_file(folder / GUIDE))
     kept = (
         "model",
@@ -145,6 +150,7 @@ def _restore(card: dict[str, Any], folder: Path) -> dict[str, Any]:
         "guide": guide,
         "guide_options": guide_options,
         "trajectory": pd.read_csv(folder / TRAJECTORY),
+        "validation": pd.read_csv(folder / VALIDATION) if (folder / VALIDATION).is_file() else None,
     }
 
 
@@ -166,7 +172,7 @@ def _restore_guide(
 
 def placeholder(entry: Entry, shape: tuple[int, ...]) -> torch.Tensor:
     """Return data of ``shape`` that the entry could have made."""
-    if isinstance(entry, SequenceEntry):
+    if isinstance(entry, StackedEntry):
         return entry.simulate(shape[0], 0, steps=shape[1])[0]
     return entry.simulate(shape[0], 0)[0]
 

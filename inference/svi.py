@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -15,15 +16,18 @@ from pyro import poutine
 from torch import nn
 
 from elbozoo.guides.base import Guide
+from elbozoo.inference.checkpoints import Checkpoints
 from elbozoo.inference.convergence import PlateauMonitor
-from elbozoo.inference.corruption import seeing
+from elbozoo.inference.corruption import renew, seeing
 from elbozoo.inference.losses import OwnELBO
+from elbozoo.inference.memory import Adam, Memory, RandomStates, Remembers, Weights
+from elbozoo.inference.minibatches import Minibatches
 from elbozoo.inference.objectives import WEIGHED_PARTICLES, Objective, ObjectiveOptions
 from elbozoo.inference.progress import progress_bar
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.collapse import collapsed
-from elbozoo.models.contract.entry import Entry, HasOracle
+from elbozoo.models.contract.entry import Corrupts, Entry, HasOracle
 from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
 from elbozoo.models.contract.options import Field
 
@@ -46,6 +50,21 @@ class TrainingOptions(ObjectiveOptions):
         None, gt=0, description="largest norm of the gradient per datum; none does not clip"
     )
     tolerance: float = Field(1e-4, gt=0, description="gain per 100 steps, nats per datum, that counts as a plateau")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="evaluations on validation rows without a gain after which the fit ends and goes back to the best "
+        "one; none waits for no such thing",
+    )
+    validate_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps from one evaluation on validation rows to the next; none takes 100 with patience, and "
+        "evaluates none without",
+    )
+    device: str = Field(
+        "cpu", description="where the fit runs: cpu, cuda, cuda:N, mps, or auto; it is judged on the CPU all the same"
+    )
 
 
 class Step(Protocol):
@@ -73,7 +92,8 @@ class PyroStep:
         self, entry: Entry, guide: Guide, objective: Objective, particles: int, options: TrainingOptions
     ) -> None:
         self.elbo = objective.build(particles, guide, options)
-        self.loss = self.elbo(collapsed(entry, guide.summed_out), seeing(guide, entry))
+        self.guide = seeing(guide, entry)
+        self.loss = self.elbo(collapsed(entry, guide.summed_out), self.guide)
         self.count = 0
         self.parameters = unique_parameters(entry, guide)
         self.clip_norm = options.clip_norm
@@ -84,6 +104,7 @@ class PyroStep:
         """Take one step; where the loss is not finite, leave the parameters as they are for a look at them."""
         if isinstance(self.elbo, OwnELBO):
             self.elbo.step = self.count
+        renew(self.guide)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(batch)
         value = float(loss.detach())
@@ -100,6 +121,16 @@ class PyroStep:
         """Set the step size of every parameter group."""
         for group in self.optimizer.param_groups:
             group["lr"] = factor * self.learning_rate
+
+    def memory(self) -> Memory:
+        """Return the number of steps and the state of Adam."""
+        adam = Adam(self.optimizer).memory()
+        return Memory(adam.tensors, {**adam.values, "count": self.count})
+
+    def recall(self, memory: Memory) -> None:
+        """Go on after so many steps."""
+        Adam(self.optimizer).recall(memory)
+        self.count = memory.values["count"]
 
 
 @dataclass
@@ -120,6 +151,8 @@ class TrainingState:
         When the step size falls and the fit ends.
     trajectory : Trajectory
         The record so far.
+    minibatches : Minibatches
+        The rows that are still to come.
     """
 
     entry: Entry
@@ -129,10 +162,39 @@ class TrainingState:
     step: Step
     schedule: Schedule
     trajectory: Trajectory
+    minibatches: Minibatches
+
+    def parts(self, observers: Sequence[Observer]) -> dict[str, Remembers]:
+        """Return all that the next step depends on, by name.
+
+        Raises
+        ------
+        InvalidInput
+            For a step that keeps its memory to itself.
+        """
+        if not isinstance(self.step, Remembers):
+            raise InvalidInput(
+                f"found a {type(self.step).__name__} with checkpoints, expected a step with the methods memory and "
+                "recall; leave checkpoint out, or give it those"
+            )
+        return {
+            "model": Weights(self.entry),
+            "guide": Weights(self.guide),
+            "step": self.step,
+            "schedule": self.schedule,
+            "trajectory": self.trajectory,
+            "minibatches": self.minibatches,
+            **{f"observer {i}": each for i, each in enumerate(o for o in observers if isinstance(o, Remembers))},
+            "random": RandomStates(),
+        }
 
 
 class Observer(Protocol):
-    """What looks at a fit after each step: it keeps a checkpoint, writes a log, or stops the fit in time."""
+    """What looks at a fit after each step: it writes a log, or stops the fit in time.
+
+    One that carries something from step to step has the methods of
+    :class:`~elbozoo.inference.memory.Remembers` too, for the sake of checkpoints.
+    """
 
     def __call__(self, state: TrainingState) -> bool:
         """Look at the fit after a step; return whether to end it here, as converged."""
@@ -156,52 +218,68 @@ def run_svi(
     *,
     progress: bool = True,
     observers: Sequence[Observer] = (),
+    resample: Callable[[Batch], Batch] | None = None,
+    checkpoints: Checkpoints | None = None,
     make_step: Callable[[Entry, Guide, Objective, int, TrainingOptions], Step] = PyroStep,
 ) -> SVIResult:
     """Maximise ``objective`` over the parameters of ``entry`` and ``guide``, in place.
 
-    Must be called inside :func:`~elbozoo.models.contract.isolation.isolated`, which gives the seed.
+    Must be called inside :func:`~elbozoo.models.contract.isolation.isolated`, which gives the seed. With
+    ``checkpoints`` it goes on where they stand, and ends with the bits of a run that was never stopped.
+
+    Where ``resample`` is given it makes the rows of each minibatch anew, and ``batch`` holds one such draw: the
+    evidence along the way, which would be that of other rows than the objective's, is then left out.
 
     Raises
     ------
     InvalidInput
-        For options that the objective, the guide and the data do not allow together.
+        For options that the objective, the guide and the data do not allow together, or checkpoints of another fit.
     NumericalFailure
         When the objective is no longer finite: with the step, the site and what to try.
     """
     check_training(objective, guide, options, batch.total)
-    trajectory = Trajectory(objective.is_elbo and guide.is_bound, _oracle(entry, batch))
+    is_elbo = objective.is_elbo and guide.is_bound and not isinstance(entry, Corrupts)
+    trajectory = Trajectory(is_elbo, None if resample else _oracle(entry, batch))
     if not unique_parameters(entry, guide):
         return SVIResult(trajectory, converged=True, interrupted=False)
     step = make_step(entry, guide, objective, _particles(objective, guide, batch, options), options)
     size = _batch_size(objective, guide, batch, options)
     schedule = Schedule(options, epoch=batch.total // size, moving=objective.moving_steps(options))
     rows = entry.count(batch.x)
-    state = TrainingState(entry, guide, batch, options, step, schedule, trajectory)
+    minibatches = Minibatches(batch, size)
+    state = TrainingState(entry, guide, batch, options, step, schedule, trajectory, minibatches)
+    if checkpoints is not None:
+        standing = checkpoints.resume(state.parts(observers), options.steps)
+        if standing is not None and standing.converged:
+            return SVIResult(trajectory, converged=True, interrupted=False)
     try:
         with (
             progress_bar(f"{entry.name()} {guide.name}", options.steps, progress) as report,
+            checkpoints.holding_interrupts() if checkpoints else nullcontext(),
             warnings.catch_warnings(),
         ):
             # Pyro warns of a loss that is not finite; here it ends the fit, with more to say.
             warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)
-            for count, part in enumerate(_minibatches(batch, size)):
-                if count == options.steps:
-                    return SVIResult(trajectory, converged=options.schedule == "cosine", interrupted=False)
+            done = False
+            for count in range(len(trajectory.rows), options.steps):
                 log_evidence = trajectory.evidence()
                 before = time.perf_counter()
+                part = next(minibatches) if resample is None else resample(next(minibatches))
                 objective_value = -_guarded(step, part, entry, guide, count)
                 seconds = time.perf_counter() - before
                 trajectory.record(seconds, objective_value, log_evidence)
                 report(count + 1, f"{objective.name} {objective_value:.2f}")
-                done = schedule.is_done(step, objective_value / rows, count)
                 # Every observer sees every step, whatever the others say.
-                stops = [observer(state) for observer in observers]
-                if done or any(stops):
-                    return SVIResult(trajectory, converged=True, interrupted=False)
+                done = any([schedule.is_done(step, objective_value / rows, count), *[see(state) for see in observers]])
+                if done:
+                    break
+                if checkpoints is not None:
+                    checkpoints.after_step(count + 1)
+            if checkpoints is not None:
+                checkpoints.end(len(trajectory.rows), converged=done)
     except KeyboardInterrupt:
         return SVIResult(trajectory, converged=False, interrupted=True)
-    raise AssertionError("minibatches never end")
+    return SVIResult(trajectory, converged=done or options.schedule == "cosine", interrupted=False)
 
 
 def check_training(objective: Objective, guide: Guide, options: TrainingOptions, rows: int) -> None:
@@ -241,20 +319,40 @@ class Schedule:
         whole = epoch if epoch <= WINDOW // 4 else 1
         self.monitor = PlateauMonitor(options.tolerance, window=math.ceil(WINDOW / whole) * whole, epoch=whole)
         self.plateaus = 0
+        self.factor = 1.0
+
+    @property
+    def learning_rate(self) -> float:
+        """Step size that the next step will have."""
+        return self.options.learning_rate * self.factor
 
     def is_done(self, step: Step, objective: float, count: int) -> bool:
         """Take the objective per datum; lower the step size when it is time, and say when to stop."""
         # While the objective itself moves, its values say nothing about progress.
         flat = count >= self.moving and self.monitor.update(objective)
         if self.options.schedule == "cosine":
-            step.scale_learning_rate(0.5 * (1 + math.cos(math.pi * count / self.options.steps)))
+            self._scale(step, 0.5 * (1 + math.cos(math.pi * count / self.options.steps)))
             return False
         if not flat:
             return False
         self.plateaus += 1
         if self.options.schedule == "plateau":
-            step.scale_learning_rate(DECAY**self.plateaus)
+            self._scale(step, DECAY**self.plateaus)
         return self.plateaus > PLATEAUS
+
+    def _scale(self, step: Step, factor: float) -> None:
+        self.factor = factor
+        step.scale_learning_rate(factor)
+
+    def memory(self) -> Memory:
+        """Return what the monitor has seen, and how often the objective has been flat."""
+        own = {"plateaus": self.plateaus, "factor": self.factor}
+        return Memory(values={**self.monitor.memory().values, **own})
+
+    def recall(self, memory: Memory) -> None:
+        """Go on watching."""
+        self.monitor.recall(memory)
+        self.plateaus, self.factor = memory.values["plateaus"], memory.values["factor"]
 
 
 def _particles(objective: Objective, guide: Guide, batch: Batch, options: TrainingOptions) -> int:
@@ -262,6 +360,8 @@ def _particles(objective: Objective, guide: Guide, batch: Batch, options: Traini
         return options.particles
     if objective.is_weighed:
         return WEIGHED_PARTICLES
+    if guide.family == "delta" and not guide.has_discrete:  # all draws of a point are the same
+        return 1
     many = batch.x.numel() <= MANY_CELLS and (not guide.is_discrete or options.gradient == "score")
     return MANY_PARTICLES if many else 1
 
@@ -281,17 +381,6 @@ def _batch_size(objective: Objective, guide: Guide, batch: Batch, options: Train
     if is_network or batch.total > FULL_BATCH_ROWS:
         return min(MINIBATCH_ROWS if is_network else FULL_BATCH_ROWS, batch.total)
     return batch.total
-
-
-def _minibatches(batch: Batch, size: int) -> Iterator[Batch]:
-    if size == batch.total:
-        while True:
-            yield batch
-    while True:
-        # Whole minibatches only: the rows left over come up in another order next time.
-        order = torch.randperm(batch.total)[: batch.total // size * size]
-        for index in order.split(size):
-            yield Batch(batch.x[index], index, batch.total)
 
 
 def _oracle(entry: Entry, batch: Batch) -> Callable[[], float] | None:

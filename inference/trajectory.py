@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pandas as pd
+import torch
+
+from elbozoo.inference.memory import Memory
 
 COLUMNS = ["step", "seconds", "objective", "elbo", "log_evidence"]
 DENSE_STEPS = 20
@@ -52,6 +55,16 @@ class Trajectory:
     def record_exact(self, seconds: float, log_evidence: float) -> None:
         """Add one step after which the bound touches the evidence: objective, ELBO and log p(x) are one number."""
         self.rows.append((len(self.rows), seconds, log_evidence, log_evidence, log_evidence))
+
+    def memory(self) -> Memory:
+        """Return the record, and the step at which the evidence is due again."""
+        rows = torch.tensor(self.rows, dtype=torch.float64).reshape(-1, len(COLUMNS))
+        return Memory({"rows": rows}, {"next": self._next})
+
+    def recall(self, memory: Memory) -> None:
+        """Go on with the record."""
+        self.rows = [(int(step), *figures) for step, *figures in memory.tensors["rows"].tolist()]
+        self._next = memory.values["next"]
 
     def frame(self) -> pd.DataFrame:
         """Return the record as a table with the columns step, seconds, objective, elbo, log_evidence."""

@@ -21,7 +21,7 @@ from torch.distributions import biject_to
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.collapse import PARTICLE_DIM
 from elbozoo.models.contract.entry import Entry
-from elbozoo.models.contract.sites import LatentSite, is_local_node
+from elbozoo.models.contract.sites import LatentSite, is_local_node, log_density
 
 CHUNK_ELEMENTS = 2**19  # points times numbers in the data that are held at once
 
@@ -65,7 +65,7 @@ class UnconstrainedProgram:
     def of(cls, entry: Entry, x: Tensor) -> Self | None:
         """Return the program in these coordinates; None where it has none or does not broadcast over particles."""
         sites = entry.latent_sites(x)
-        if any(site.is_local or site.support.is_discrete for site in sites):
+        if any(site.is_local or site.support.is_discrete or not site.is_proper for site in sites):
             return None
         try:
             found = cls(entry, x, sites)
@@ -111,7 +111,7 @@ class UnconstrainedProgram:
             if "unscaled_log_prob" not in node:
                 continue
             width = len(self.batch.x) if is_local_node(node) else 1
-            term = node["unscaled_log_prob"].expand(len(u), width).sum(-1)
+            term = log_density(node).expand(len(u), width).sum(-1)
             if name in values:
                 prior = prior + term
             else:

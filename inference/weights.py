@@ -1,9 +1,13 @@
-"""Importance weights p(x, z) / q(z given x): every estimate of a bound is a summary of them."""
+"""Importance weights p(x, z) / q(z given x): every estimate of a bound is a summary of them.
+
+Densities are masked and not scaled: a mask says which elements there are, while the batch is the whole data set and a
+β of the objective's is no part of the ELBO.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import pyro
@@ -16,7 +20,7 @@ from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.collapse import PARTICLE_DIM, collapsed
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.isolation import isolated
-from elbozoo.models.contract.sites import is_local_node, stochastic_nodes
+from elbozoo.models.contract.sites import is_local_node, log_density, stochastic_nodes
 
 CHUNK_ELEMENTS = 2**23
 
@@ -71,7 +75,7 @@ def importance_weights(entry: Entry, guide: Guide, batch: Batch, particles: int,
         particles = 1 if guide.is_discrete else particles
         if not guide.is_local:
             return _global_weights(entry, guide, batch, particles)
-        elements = max(batch.x[0].numel(), 1)
+        elements = entry.elements(batch.x)
         at_once = max(1, min(particles, CHUNK_ELEMENTS // elements))
         rows = max(1, CHUNK_ELEMENTS // (at_once * elements))
         parts = [
@@ -85,31 +89,34 @@ def importance_weights(entry: Entry, guide: Guide, batch: Batch, particles: int,
     return Weights(*(torch.cat(tensors, -1) for tensors in zip(*columns, strict=True)))
 
 
-def log_joint(entry: Entry, batch: Batch, values: Mapping[str, Tensor]) -> Tensor:
+def log_joint(entry: Entry, batch: Batch, values: Mapping[str, Tensor], summed_out: Collection[str] = ()) -> Tensor:
     """Log p(x, z) of each particle and row, (S, B), nats, for local latents given by site.
 
     Parameters
     ----------
     values : mapping of Tensor (S, B, ...)
-        Value of each latent site.
+        Value of each latent site that is not summed out.
+    summed_out : collection of str
+        Finite local sites to sum over.
     """
     particles = next(iter(values.values())).shape[0]
+    program = collapsed(poutine.condition(entry, data=dict(values)), summed_out)
     with pyro.plate("particles", particles, dim=PARTICLE_DIM):
-        trace = poutine.trace(poutine.condition(entry, data=dict(values))).get_trace(batch)
+        trace = poutine.trace(program).get_trace(batch)
     trace.compute_log_prob()
-    terms = [node["unscaled_log_prob"] for node in trace.nodes.values() if _is_weighed(node)]
-    return sum(terms).expand(particles, len(batch.x))
+    terms = [log_density(node) for node in trace.nodes.values() if _is_weighed(node)]
+    return sum(terms, batch.x.new_zeros(())).expand(particles, len(batch.x))
 
 
 def _local_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) -> Weights:
     guide_trace, model_trace = _traces(entry, guide, batch, particles)
-    log_model = sum(node["unscaled_log_prob"] for node in model_trace.nodes.values() if _is_weighed(node))
-    log_guide = sum(node["unscaled_log_prob"] for _, node in stochastic_nodes(guide_trace))
-    enumerated = [n["unscaled_log_prob"] for _, n in stochastic_nodes(guide_trace) if "_enumerate_dim" in n["infer"]]
+    nothing = batch.x.new_zeros(())
+    log_model = sum((log_density(node) for node in model_trace.nodes.values() if _is_weighed(node)), nothing)
+    log_guide = sum((log_density(node) for _, node in stochastic_nodes(guide_trace)), nothing)
     log_weight = log_model - log_guide
     shape = log_weight.shape[-2:]
     log_weight = log_weight.reshape(-1, *shape)
-    log_probability = sum(enumerated, torch.zeros_like(log_weight)).reshape(-1, *shape)
+    log_probability = _log_probability(guide_trace, log_weight).reshape(-1, *shape)
     return Weights(log_weight, log_probability)
 
 
@@ -119,15 +126,20 @@ def _global_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) ->
     local = batch.x.new_zeros(1, particles, len(batch.x))
     for sign, trace in ((1, model_trace), (-1, guide_trace)):
         for node in trace.nodes.values():
-            # Unscaled: the batch is the whole data set, and a β of the objective's is no part of the ELBO.
             if _is_weighed(node) and is_local_node(node):
-                local = local + sign * node["unscaled_log_prob"]
+                local = local + sign * log_density(node)
             elif _is_weighed(node):
-                common = common + sign * node["unscaled_log_prob"].expand(particles, 1)[:, 0]
+                common = common + sign * log_density(node).expand(particles, 1)[:, 0]
     local = local.reshape(-1, *local.shape[-2:])
-    enumerated = [n["unscaled_log_prob"] for _, n in stochastic_nodes(guide_trace) if "_enumerate_dim" in n["infer"]]
-    log_probability = sum(enumerated, torch.zeros_like(local)).reshape(local.shape)
+    log_probability = _log_probability(guide_trace, local).reshape(local.shape)
     return Weights(local, log_probability, common)
+
+
+def _log_probability(guide_trace: poutine.Trace, like: Tensor) -> Tensor:
+    """Log probability under q of the values that were enumerated, nats."""
+    # Not masked: a mask takes a site out of the densities and not out of q, which draws it all the same.
+    terms = [n["unscaled_log_prob"] for _, n in stochastic_nodes(guide_trace) if "_enumerate_dim" in n["infer"]]
+    return sum(terms, torch.zeros_like(like))
 
 
 def _traces(entry: Entry, guide: Guide, batch: Batch, particles: int) -> tuple[poutine.Trace, poutine.Trace]:

@@ -24,6 +24,9 @@ With `decoder=linear` the means are linear and the scales $s_l$ constant; under 
 one joint normal, and evidence and posterior are exact. The layers above the first add nothing to such a model: it is
 factor analysis with noise of one scale in the units of the columns.
 
+The guide `bottom-up` has that factorisation; `ladder` draws from the top down, with the model's own normals as a part
+of q (Sønderby et al. 2016), and wants warm-up: `objective=beta` with `kl_schedule=annealed`.
+
 Quadrature gives the evidence where the layers have at most two dimensions in all, as by default; of larger ones it is
 an estimate.
 
@@ -160,13 +163,20 @@ class HierarchicalVAE(Entry):
 
     def forward(self, batch: Batch) -> Tensor:
         """z_L (B, K_L) ~ N(0, I), z_l (B, K_l) ~ N(μ_l, s_l²) down to z_1; x (B, D) ~ likelihood at decoder(z_1)."""
-        zeros = self._linear_layers()[0].weight.new_zeros(self.latent_dims[-1])
+        values: dict[str, Tensor] = {}
         with pyro.plate("data", batch.total, subsample=batch.index):
-            z = pyro.sample(_site(len(self.latent_dims)), dist.Normal(zeros, 1.0).to_event(1))
-            for level in range(len(self.layers), 0, -1):
-                mean, scale = self.layers[level - 1](z)
-                z = pyro.sample(_site(level), dist.Normal(mean, scale).to_event(1))
-            return pyro.sample("x", self.likelihood.distribution(self.decoder(z)), obs=batch.x)
+            for level in range(len(self.latent_dims), 0, -1):
+                values[_site(level)] = pyro.sample(_site(level), self.prior_of(_site(level), values))
+            return pyro.sample("x", self.likelihood.distribution(self.decoder(values[_site(1)])), obs=batch.x)
+
+    def prior_of(self, site: str, values: Values) -> dist.Distribution:
+        """p(z_l given z_{l+1}) of the layer ``site`` at the ``values`` above it (..., K_{l+1}): event shape (K_l,)."""
+        level = int(site.removeprefix("z"))
+        if level == len(self.latent_dims):
+            zeros = self._linear_layers()[0].weight.new_zeros(self.latent_dims[-1])
+            return dist.Normal(zeros, 1.0).to_event(1)
+        mean, scale = self.layers[level - 1](values[_site(level + 1)])
+        return dist.Normal(mean, scale).to_event(1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Mean of x given the bottom layer ``z`` (..., K_1): (..., D), probabilities under Bernoulli."""

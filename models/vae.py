@@ -5,15 +5,25 @@ looks like. It is PPCA with a bent loading: the first member of the zoo whose po
 therefore the one in which the approximation and the amortization gap are both at work.
 
 $$
-z_n \sim \mathcal N(0, I_K), \qquad y = W_2\, a(W_1 z_n + b_1) + b_2, \qquad
+z_n \sim \mathcal N(0, I_K), \qquad y = W_2\, a(W_1 z_n + b_1) + b_2
+$$
+
+$$
 x_n \mid z_n \sim \prod_d \mathrm{Bernoulli}\bigl(\mathrm{sigmoid}(y_d)\bigr)
 \quad\text{or}\quad \prod_d \mathcal N\bigl(m_d + s_d\, y_d,\ (s_d\, \sigma)^2\bigr)
+\quad\text{or}\quad \prod_d \mathrm{Categorical}\bigl(\mathrm{softmax}(y_{d1}, \dots, y_{dL})\bigr)
 $$
 
 Under `likelihood = normal` the column means $m_d$ and standard deviations $s_d$ of the data are fixed at
 the start and are no part of θ: the network works in units of the columns, so raw data of any units
 will do, and the one learned noise scale $\sigma$ is a share of each column's standard deviation (a constant column
-has $s_d = 1$). The densities are those of the raw columns.
+has $s_d = 1$). The densities are those of the raw columns. Under `likelihood = categorical` each column takes one of
+$L$ `levels` 0, ..., L - 1, such as the grey values of a pixel, with a probability of its own for every level: it can be
+multimodal, and says of no level that it is next to another.
+
+With `architecture = conv` rows are images, of `image_shape`, and y comes from two dense layers and transposed
+convolutions that double the sides of feature maps up to the image's: a stroke is learned once for all places. Encoders
+are then convolutional too, unless `encoder` says otherwise.
 
 The evidence $p(x) = \int p(x \mid z)\, \mathcal N(z; 0, I)\, dz$ has no closed form, but with $K \le 2$ it is an
 integral over a line or a plane, which quadrature does to many digits with an error estimate. The trapezoid rule
@@ -40,78 +50,115 @@ References
   title = {Stochastic Backpropagation and Approximate Inference in Deep Generative Models},
   booktitle = {International Conference on Machine Learning}, pages = {1278--1286}, year = {2014}
 }
+@inproceedings{vandenoord2016pixel,
+  author = {van den Oord, A{\"a}ron and Kalchbrenner, Nal and Kavukcuoglu, Koray},
+  title = {Pixel Recurrent Neural Networks},
+  booktitle = {International Conference on Machine Learning}, pages = {1747--1756}, year = {2016}
+}
+@article{burgess2018understanding,
+  author = {Burgess, Christopher P. and Higgins, Irina and Pal, Arka and Matthey, Loic and Watters, Nick and
+    Desjardins, Guillaume and Lerchner, Alexander},
+  title = {Understanding disentangling in {$\beta$-VAE}},
+  journal = {arXiv preprint arXiv:1804.03599}, year = {2018}
+}
 ```
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 import pyro
 import torch
 from pyro import distributions as dist
-from pyro.nn import PyroParam
 from torch import Tensor, nn
-from torch.distributions import constraints
-from torch.nn import functional
 
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.errors import InvalidInput
-from elbozoo.models.contract.networks import ACTIVATIONS, refuse_rows, spread, squared_distances
-from elbozoo.models.contract.options import Field, Options
+from elbozoo.models.contract.images import ConvDecoder, Doubling, image_shape
+from elbozoo.models.contract.networks import (
+    ACTIVATIONS,
+    MOST_LEVELS,
+    LevelLikelihood,
+    NetworkOptions,
+    RowLikelihood,
+    count_levels,
+    multilayer,
+    refuse_levels,
+    refuse_rows,
+)
+from elbozoo.models.contract.options import Field
+
+EXAMPLE_LEVELS = 4
+CHUNK_ELEMENTS = 2**23  # numbers that the decoder gives at once where it meets many latent values
+GAINS = {"bernoulli": 6.0, "normal": 1.5, "categorical": 3.0}  # size of y in simulated data
 
 
-class VAEOptions(Options):
+class VAEOptions(NetworkOptions):
     """Options of :class:`VAE`."""
 
-    latent_dim: int = Field(2, ge=1, description="dimension K of the latent space")
-    hidden: int = Field(64, ge=1, description="width of the hidden layer")
-    activation: Literal["tanh", "relu", "softplus"] = Field("tanh", description="nonlinearity of the hidden layer")
-    likelihood: Literal["bernoulli", "normal"] = Field(
-        "bernoulli", description="of each column: of zeros and ones, or of numbers with a learned noise scale"
+    likelihood: Literal["bernoulli", "normal", "categorical"] = Field(  # type: ignore[assignment]  # one more choice
+        "bernoulli",
+        description="of each column: of zeros and ones, of numbers with a learned noise scale, or of whole numbers "
+        "from 0 with a probability each",
     )
-    noise_floor: float = Field(
-        0.01, ge=0, lt=1, description="least noise scale under likelihood=normal, in standard deviations of the columns"
+    latent_dim: int = Field(2, ge=1, description="dimension K of the latent space")
+    levels: int | None = Field(
+        None,
+        ge=2,
+        le=MOST_LEVELS,
+        description="number L of values that a column takes under likelihood=categorical; none counts the largest one",
+    )
+    architecture: Literal["mlp", "conv"] = Field(
+        "mlp", description="of the decoder: one hidden layer, or convolutions for rows that are images"
+    )
+    channels: int = Field(16, ge=1, description="channels of the feature maps under architecture=conv")
+    image_shape: str | None = Field(
+        None, description="shape of a row that is an image, such as 8x8 or 3x32x32; none takes a square where it must"
     )
 
 
 class VAE(Entry):
-    """Variational autoencoder: z ~ N(0, I), x ~ Bernoulli(sigmoid(y)) or N(m + s y, (s σ)²) with y = decoder(z).
+    """Variational autoencoder: z ~ N(0, I), x ~ the likelihood of each column at y = decoder(z).
 
     Attributes
     ----------
-    decoder : nn.Sequential
-        The network z (..., K) to y (..., D), one hidden layer.
-    noise_scale : PyroParam ()
-        σ, a share of each column's standard deviation, above ``noise_floor``; only under ``likelihood=normal``.
-    location, unit : buffers (D,)
-        m and s, mean and standard deviation of the columns, not learned; only under ``likelihood=normal``.
+    decoder : nn.Sequential or ConvDecoder
+        The network z (..., K) to y (..., D), or to (..., D * L) under ``likelihood=categorical``.
+    likelihood : RowLikelihood
+        p(x given y), with σ, m and s under ``likelihood=normal``.
     """
 
     Options = VAEOptions
     options: VAEOptions
     dtype = torch.float32
     example_columns = 8
-    location: Tensor
-    unit: Tensor
 
     def __init__(self, options: VAEOptions, columns: int) -> None:
         super().__init__(options, columns)
-        self.decoder = nn.Sequential(
-            nn.Linear(options.latent_dim, options.hidden),
-            ACTIVATIONS[options.activation](),
-            nn.Linear(options.hidden, columns),
-        )
-        if options.likelihood == "normal":
-            self.register_buffer("location", torch.zeros(columns))
-            self.register_buffer("unit", torch.ones(columns))
-            self.noise_scale = PyroParam(torch.tensor(1.0), constraints.greater_than(options.noise_floor))
+        self.likelihood: RowLikelihood
+        if options.likelihood == "categorical":
+            self.likelihood = LevelLikelihood(columns, options.levels or EXAMPLE_LEVELS, options)
+        else:
+            self.likelihood = RowLikelihood(columns, options)
+        if options.architecture == "conv" or options.image_shape is not None:
+            self.image_shape = image_shape(options.image_shape, columns)
+        self.decoder = self._decoder()
+
+    @classmethod
+    def from_data(cls, x: Tensor, *, seed: int = 0, names: Sequence[str] | None = None, **options: Any) -> Self:
+        """Build the entry as every other, with as many levels as the data have, unless they are given."""
+        parsed = cls.Options.parse(options)
+        if parsed.likelihood == "categorical" and parsed.levels is None:
+            options["levels"] = count_levels(x)
+        return super().from_data(x, seed=seed, names=names, **options)
 
     @classmethod
     def check_data(cls, x: Tensor, options: VAEOptions) -> None:
-        """Refuse more latent dimensions than rows or columns allow, and under Bernoulli all but zeros and ones."""
+        """Refuse more latent dimensions than rows or columns allow, and cells that the likelihood has no value for."""
         rows, columns = x.shape
         if options.latent_dim > min(rows - 1, columns):
             raise InvalidInput(
@@ -119,66 +166,69 @@ class VAE(Entry):
                 f"{min(rows - 1, columns)}: data of fewer columns or rows fill no more dimensions"
             )
         refuse_rows(x, list(range(columns)), is_binary=options.likelihood == "bernoulli")
+        if options.likelihood == "categorical":
+            refuse_levels(x, options.levels or EXAMPLE_LEVELS)
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
         """Start with fresh random weights about the columns' means, so that only the structure is left to learn."""
-        for layer in self._linear_layers():
+        for layer in self._layers():
             layer.reset_parameters()
-        with torch.no_grad():
-            if self.options.likelihood == "bernoulli":
-                smallest = 0.5 / len(x)
-                self._linear_layers()[-1].bias.copy_(x.mean(0).clamp(smallest, 1 - smallest).logit())
-            else:
-                self._linear_layers()[-1].bias.zero_()
-                self.location.copy_(x.mean(0))
-                self.unit.copy_(spread(x))
-                self._set_noise_scale(math.sqrt(0.5))
+        self.likelihood.initialize(x, self._head())
 
     def randomize(self) -> None:
         """Draw weights large enough that the rows show the latent's structure; the noise has a quarter of its scale."""
-        first, last = self._linear_layers()
-        gain = 6.0 if self.options.likelihood == "bernoulli" else 1.5
+        *hidden, last = self._layers()
         with torch.no_grad():
-            first.weight.normal_().mul_(1.5 / math.sqrt(self.options.latent_dim))
-            first.bias.normal_()
-            last.weight.normal_().mul_(gain / math.sqrt(self.options.hidden))
-            last.bias.zero_()
-            if self.options.likelihood == "normal":
-                self._set_noise_scale(0.25)
+            for layer in hidden:
+                layer.weight.normal_().mul_(1.5 / math.sqrt(_fan_in(layer)))
+                layer.bias.normal_()  # type: ignore[union-attr]  # the last layer alone may have none
+            last.weight.normal_().mul_(GAINS[self.options.likelihood] / math.sqrt(_fan_in(last)))
+            self._head().bias.zero_()
+            if self.likelihood.has_noise:
+                self.likelihood.set_noise_scale(0.25)
 
     def forward(self, batch: Batch) -> Tensor:
         """z (B, K) ~ N(0, I); x (B, D) ~ the likelihood at decoder(z)."""
-        zeros = self._linear_layers()[0].weight.new_zeros(self.options.latent_dim)
+        zeros = self._head().bias.new_zeros(self.options.latent_dim)
+        observed = self.likelihood.checked(batch.x)
         with pyro.plate("data", batch.total, subsample=batch.index):
             z = pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1))
-            return pyro.sample("x", self._columns_given(z).to_event(1), obs=batch.x)
+            return pyro.sample("x", self.likelihood.distribution(self.decoder(z)), obs=observed)
+
+    def complete(self, template: Tensor, observed: Tensor) -> Tensor:
+        """Return simulated rows in the dtype of all others: levels are drawn as integers."""
+        return observed.to(template.dtype)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Mean of x given ``z`` (..., K): (..., D), probabilities under Bernoulli."""
-        return self._columns_given(z).mean
+        """Mean of x given ``z`` (..., K): (..., D), probabilities under Bernoulli, mean levels under categorical."""
+        return self.likelihood.mean(self.decoder(z))
+
+    def elements(self, x: Tensor) -> int:
+        """Return the number of outputs of the decoder: that of columns, times the levels of each."""
+        return self.likelihood.outputs
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """Log p(x_n given z_g) in nats, (N, G), for rows ``x`` (N, D) and latent values ``z`` (G, K).
+        """Log p(x_n given z_g) in nats, (N, G), for rows ``x`` (N, D) and latent values ``z`` (G, K)."""
+        at_once = max(1, CHUNK_ELEMENTS // self.likelihood.outputs)
+        parts = [self.likelihood.log_likelihood(x, self.decoder(part)) for part in z.split(at_once)]
+        return torch.cat(parts, -1)
 
-        A matrix product: neither likelihood needs a tensor of shape (N, G, D).
-        """
-        output = self.decoder(z)
-        if self.options.likelihood == "bernoulli":
-            return x @ output.mT - functional.softplus(output).sum(-1)
-        scaled = (x - self.location) / self.unit
-        log_volume = self.unit.log().sum() + self.columns * (self.noise_scale.log() + 0.5 * math.log(2 * math.pi))
-        return -0.5 * squared_distances(scaled, output) / self.noise_scale.square() - log_volume
+    def _decoder(self) -> nn.Module:
+        options, outputs = self.options, self.likelihood.outputs
+        if options.architecture == "mlp":
+            return multilayer(options.latent_dim, outputs, options)
+        assert self.image_shape is not None
+        numbers, activation = outputs // self.columns, ACTIVATIONS[options.activation]
+        return ConvDecoder(options.latent_dim, self.image_shape, numbers, options.hidden, options.channels, activation)
 
-    def _columns_given(self, z: Tensor) -> dist.Distribution:
-        output = self.decoder(z)
-        if self.options.likelihood == "bernoulli":
-            return dist.Bernoulli(logits=output)
-        return dist.Normal(self.location + self.unit * output, self.unit * self.noise_scale)
+    def _layers(self) -> list[nn.Linear | Doubling]:
+        """All layers with weights, in order."""
+        return [module for module in self.decoder.modules() if isinstance(module, nn.Linear | Doubling)]
 
-    def _linear_layers(self) -> tuple[nn.Linear, nn.Linear]:
-        return self.decoder[0], self.decoder[2]  # type: ignore[return-value]
+    def _head(self) -> Any:
+        """Where the bias of y is."""
+        return self.decoder if isinstance(self.decoder, ConvDecoder) else self._layers()[-1]
 
-    def _set_noise_scale(self, share: float) -> None:
-        """Set σ that far on the way from its floor to 1."""
-        floor = self.options.noise_floor
-        self.noise_scale = torch.full_like(self.noise_scale, floor + (1 - floor) * share)
+
+def _fan_in(layer: nn.Linear | Doubling) -> int:
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.fan_in

@@ -42,7 +42,7 @@ def every_entry() -> list[str]:
 
 
 # Guides whose searches take seconds, on entries that stand for the others of their kind.
-COSTLY = ("semi-amortized", "-flow")
+COSTLY = ("semi-amortized", "-flow", "-low-rank-normal")
 REPRESENTATIVES = ("ppca", "gaussian-mixture", "vae")
 
 

@@ -12,7 +12,7 @@ from pyro.infer import config_enumerate
 from torch import Tensor
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.sites import DATA_PLATE, MAX_PLATE_NESTING, is_local_node
+from elbozoo.models.contract.sites import DATA_PLATE, MAX_PLATE_NESTING, is_local_node, log_density
 
 PARTICLE_DIM = -1 - MAX_PLATE_NESTING
 EVIDENCE_SITE = "x_evidence"
@@ -35,7 +35,7 @@ def collapsed(program: Callable[[Batch], Any], summed_out: Collection[str]) -> C
             trace = poutine.trace(enumerated).get_trace(batch)
         trace.compute_log_prob()
         weighed = [node for node in trace.nodes.values() if "unscaled_log_prob" in node and is_local_node(node)]
-        terms = [node["unscaled_log_prob"] for node in weighed]
+        terms = [_share(node) for node in weighed]
         joint = torch.stack(torch.broadcast_tensors(*terms)).sum(0)
         # Enumerated values stand in front; the dimension of particles is 1 where there are none.
         evidence = torch.logsumexp(joint.reshape(-1, *joint.shape[PARTICLE_DIM:]), 0).squeeze(PARTICLE_DIM)
@@ -44,6 +44,14 @@ def collapsed(program: Callable[[Batch], Any], summed_out: Collection[str]) -> C
         return evidence
 
     return marginal_program
+
+
+def _share(node: dict[str, Any]) -> Tensor:
+    """Log probability of a node as its part of the sum, nats."""
+    # A mask takes an observation out of the sum. An enumerated value keeps its probability: without it each of the
+    # values would count as one, and the sum be as many times too large.
+    value: Tensor = node["unscaled_log_prob"] if "_enumerate_dim" in node["infer"] else log_density(node)
+    return value
 
 
 def is_local_message(message: dict[str, Any]) -> bool:

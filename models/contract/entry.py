@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import pyro
 import torch
@@ -15,8 +16,10 @@ from torch.distributions import Distribution
 
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.images import ImageShape
 from elbozoo.models.contract.isolation import isolated, private_parameters
 from elbozoo.models.contract.joint import Conditional, Joint
+from elbozoo.models.contract.options import ColumnRole
 from elbozoo.models.contract.options import Options as BaseOptions
 from elbozoo.models.contract.sites import OBSERVED_SITE, LatentSite, latent_sites, stochastic_nodes
 
@@ -43,11 +46,18 @@ class Entry(PyroModule):
         Names of the dimensions of one draw of a site, where they have a meaning.
     table_names : tuple of str
         Names of the columns of the table that the entry was built for.
+    levels : dict of list of str
+        For columns of labels, where they are known, what the codes 0, 1, 2, ... in the table stand for.
     method_options : dict
         Options of guides and of training that suit this entry where the user gives none; all of them fall away when
         another objective than theirs is asked for.
     amortized_guide : str or None
         Guide that the name ``amortized`` means, where it is none of family and source.
+    image_shape : ImageShape or None
+        Shape of a row where the program takes it for an image; encoders are convolutional there by default.
+    encoder_input : str
+        What an encoder sees of a value x by default: ``values`` for x, ``log1p`` for log(1 + x), which suits counts
+        of rows of different size.
     """
 
     Options: ClassVar[type[BaseOptions]] = BaseOptions
@@ -57,6 +67,8 @@ class Entry(PyroModule):
     site_dims: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     method_options: ClassVar[Mapping[str, Any]] = {}
     amortized_guide: ClassVar[str | None] = None
+    image_shape: ImageShape | None = None
+    encoder_input: ClassVar[Literal["values", "log1p"]] = "values"
 
     def __init__(self, options: BaseOptions, columns: int) -> None:
         with private_parameters():
@@ -64,6 +76,7 @@ class Entry(PyroModule):
         self.options = options
         self.columns = columns
         self.table_names = default_names(columns)
+        self.levels: dict[str, list[str]] = {}
 
     @classmethod
     def name(cls) -> str:
@@ -153,10 +166,11 @@ class Entry(PyroModule):
         """Names of the columns that arranged data still have."""
         return self.table_names
 
-    def key_names(self) -> list[str]:
-        """Return the names of those columns of the table that hold labels."""
+    def key_columns(self) -> dict[str, ColumnRole]:
+        """Return the columns of the table that hold labels, by name, with their roles."""
         roles = type(self.options).column_roles()
-        return [self.table_names[c] for o, c in self.options.columns_named().items() if roles[o].is_key]  # type: ignore[index]
+        named = self.options.columns_named()
+        return {self.table_names[c]: roles[o] for o, c in named.items() if roles[o].is_key}  # type: ignore[index]
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
         """Set the starting values of θ for the rows ``x`` (N, D); ``restart`` counts the attempts from 0."""
@@ -179,6 +193,10 @@ class Entry(PyroModule):
     def guide_refusal(self, family: str, source: str) -> str | None:
         """Say why local guides of ``family`` and ``source`` do not suit this program, or return None."""
         return None
+
+    def elements(self, x: Tensor) -> int:
+        """Return how many numbers the program holds for one draw of one datum, by which chunks are sized."""
+        return max(1, x[0].numel())
 
     def template(self, n: int) -> Tensor:
         """Return ``n`` rows to simulate on: zeros, with whatever is conditioned on filled in."""
@@ -367,7 +385,10 @@ class HasRowLikelihoods(Protocol):
     """An entry that evaluates every row at every latent value at once, which quadrature uses."""
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """Log p(x_n given z_g) in nats, (N, G), for rows ``x`` (N, D) and latent values ``z`` (G, K)."""
+        """Log p(x_n given z_g) in nats, (N, G), for rows ``x`` (N, D) and values ``z`` (G, K) of the real latents.
+
+        Finite latents are summed out, and whatever else a row has that is observed counts with it.
+        """
         ...
 
 
@@ -380,7 +401,17 @@ class Corrupts(Protocol):
         ...
 
 
+@runtime_checkable
+class HasLayers(Protocol):
+    """An entry whose latents of a datum are layers of independent normals, each given those drawn before it."""
+
+    def prior_of(self, site: str, values: Mapping[str, Tensor]) -> Distribution:
+        """p(the layer ``site`` given the ``values`` of those before it): independent normals, batch shape theirs."""
+        ...
+
+
 QUADRATURE_DIM = 2
+QUADRATURE_VALUES = 1000  # of finite latents, which are summed over at each point
 CUBATURE_DIM = 3
 
 CAPABILITIES: dict[str, Callable[[Any], bool]] = {
@@ -396,8 +427,18 @@ CAPABILITIES: dict[str, Callable[[Any], bool]] = {
 
 
 def supports_quadrature(sites: list[LatentSite]) -> bool:
-    """Whether the evidence is an integral over at most two real dimensions for each datum."""
-    return all(s.is_local and s.is_real for s in sites) and 0 < sum(s.dim for s in sites) <= QUADRATURE_DIM
+    """Whether the evidence is an integral over at most two real dimensions for each datum.
+
+    Finite latents beside them are summed over, if they do not have too many values together.
+    """
+    real = [site for site in sites if not site.is_enumerable]
+    values = math.prod(site.cardinality or 1 for site in sites if site.is_enumerable)
+    return (
+        all(site.is_local and site.is_proper for site in sites)
+        and all(site.is_real for site in real)
+        and 0 < sum(site.dim for site in real) <= QUADRATURE_DIM
+        and values <= QUADRATURE_VALUES
+    )
 
 
 def supports_cubature(entry: Entry, x: Tensor | None = None) -> bool:
@@ -405,7 +446,7 @@ def supports_cubature(entry: Entry, x: Tensor | None = None) -> bool:
     if isinstance(entry, HasReducedJoint):
         return True
     sites = entry.latent_sites(x)
-    if any(site.is_local or site.support.is_discrete for site in sites):
+    if any(site.is_local or site.support.is_discrete or not site.is_proper for site in sites):
         return False
     return 0 < sum(site.real_dim for site in sites) <= CUBATURE_DIM
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from pyro import distributions as dist
@@ -17,6 +17,7 @@ from elbozoo.models.contract.options import Field, Options
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "softplus": nn.Softplus}
 STARTING_NOISE = math.sqrt(0.5)
 LOG_2PI = math.log(2 * math.pi)
+MOST_LEVELS = 2**16  # those of images with 16 bits
 
 
 class NetworkOptions(Options):
@@ -38,6 +39,12 @@ def multilayer(inputs: int, outputs: int, options: NetworkOptions) -> nn.Sequent
     return nn.Sequential(nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, outputs))
 
 
+class Head(Protocol):
+    """The end of a network: a number that is added to each of its outputs."""
+
+    bias: nn.Parameter
+
+
 class RowLikelihood(nn.Module):
     """p(x given y) of one row: independent columns, whose parameters are the output y of a network.
 
@@ -54,6 +61,10 @@ class RowLikelihood(nn.Module):
 
     Attributes
     ----------
+    outputs : int
+        Size of y.
+    is_binary, has_noise : bool
+        Whether columns are zeros and ones; whether they are numbers with a noise scale.
     log_excess : Parameter ()
         Log of what σ has above ``noise_floor``; only under ``likelihood=normal``.
     location, unit : buffers (D,)
@@ -65,10 +76,11 @@ class RowLikelihood(nn.Module):
 
     def __init__(self, columns: int, options: NetworkOptions) -> None:
         super().__init__()
-        self.columns = columns
+        self.columns = self.outputs = columns
         self.is_binary = options.likelihood == "bernoulli"
+        self.has_noise = options.likelihood == "normal"
         self.floor = options.noise_floor
-        if not self.is_binary:
+        if self.has_noise:
             self.register_buffer("location", torch.zeros(columns))
             self.register_buffer("unit", torch.ones(columns))
             self.log_excess = nn.Parameter(torch.zeros(()))
@@ -83,7 +95,7 @@ class RowLikelihood(nn.Module):
         with torch.no_grad():
             self.log_excess.fill_(math.log((1 - self.floor) * share))
 
-    def initialize(self, x: Tensor, head: nn.Linear) -> None:
+    def initialize(self, x: Tensor, head: Head) -> None:
         """Take units from the rows ``x`` (N, D), and set the bias of the last layer so that y gives their means."""
         with torch.no_grad():
             if self.is_binary:
@@ -101,16 +113,118 @@ class RowLikelihood(nn.Module):
             return dist.Bernoulli(logits=output).to_event(1)
         return dist.Normal(self.location + self.unit * output, self.unit * self.noise_scale).to_event(1)
 
+    def mean(self, output: Tensor) -> Tensor:
+        """Mean of x at ``output``, (..., D): probabilities of a one under Bernoulli."""
+        mean: Tensor = self.distribution(output).mean
+        return mean
+
+    def checked(self, x: Tensor) -> Tensor:
+        """Return the rows ``x``, refused where the likelihood has no value for them."""
+        return x
+
     def log_likelihood(self, x: Tensor, output: Tensor) -> Tensor:
         """Log p(x_n given y_g) in nats, (N, G), for rows ``x`` (N, D) and outputs (G, D).
 
         A matrix product: neither likelihood needs a tensor of shape (N, G, D).
         """
         if self.is_binary:
-            return x @ output.mT - functional.softplus(output).sum(-1)
+            # Not softplus, which torch cuts off at 20 and so gets wrong by up to 2e-9.
+            return x @ output.mT + functional.logsigmoid(-output).sum(-1)
         scaled = (x - self.location) / self.unit
         log_volume = self.unit.log().sum() + self.columns * (self.noise_scale.log() + 0.5 * LOG_2PI)
         return -0.5 * squared_distances(scaled, output) / self.noise_scale.square() - log_volume
+
+
+class LevelLikelihood(RowLikelihood):
+    """p(x given y) of one row: independent columns, each one of the levels 0, ..., L - 1 with a probability of its own.
+
+    Categorical(softmax(y_d)), where the output holds the L numbers y_d of the first column, then those of the next:
+    pixels as discrete variables (van den Oord et al. 2016, "Pixel recurrent neural networks"). It does not know that
+    one level is next to another.
+
+    Parameters
+    ----------
+    columns : int
+        Number D of columns.
+    levels : int
+        L.
+    options : NetworkOptions
+        Options of the entry.
+    """
+
+    def __init__(self, columns: int, levels: int, options: NetworkOptions) -> None:
+        super().__init__(columns, options)
+        self.levels = levels
+        self.outputs = columns * levels
+
+    def initialize(self, x: Tensor, head: Head) -> None:
+        """Set the bias of the last layer so that y gives the frequencies of levels in each column of ``x`` (N, D).
+
+        One more row is counted, spread evenly over the levels, so that no probability is zero.
+        """
+        with torch.no_grad():
+            for column, bias in zip(x.mT, head.bias.view(self.columns, self.levels), strict=True):
+                counts = torch.bincount(column.long(), minlength=self.levels)
+                bias.copy_(((counts + 1 / self.levels) / (len(x) + 1)).log())
+
+    def distribution(self, output: Tensor) -> Distribution:
+        """p(x given y) at ``output`` (..., D * L): batch shape (...), event shape (D,)."""
+        return dist.Categorical(logits=self._by_column(output)).to_event(1)
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Mean level of each column at ``output``, (..., D)."""
+        levels = torch.arange(self.levels, dtype=output.dtype, device=output.device)
+        return self._by_column(output).softmax(-1) @ levels
+
+    def checked(self, x: Tensor) -> Tensor:
+        """Return the rows ``x``.
+
+        Raises
+        ------
+        InvalidInput
+            For a value that is none of the levels.
+        """
+        refuse_levels(x, self.levels)
+        return x
+
+    def log_likelihood(self, x: Tensor, output: Tensor) -> Tensor:
+        """Log p(x_n given y_g) in nats, (N, G), for rows ``x`` (N, D) and outputs (G, D * L).
+
+        The sum over columns of the rows of one table, picked by level: no tensor of shape (N, G, D).
+        """
+        table = self._by_column(output).log_softmax(-1).flatten(-2).mT.contiguous()
+        offsets = self.levels * torch.arange(self.columns, device=x.device)
+        return functional.embedding_bag(self.checked(x).long() + offsets, table, mode="sum")
+
+    def _by_column(self, output: Tensor) -> Tensor:
+        return output.unflatten(-1, (self.columns, self.levels))
+
+
+def count_levels(x: Tensor) -> int:
+    """Return the largest value in ``x`` and one more, at least 2, and at most ``MOST_LEVELS`` whatever is there."""
+    largest = float(x.max())
+    return max(2, int(largest) + 1) if largest < MOST_LEVELS else MOST_LEVELS
+
+
+def refuse_levels(x: Tensor, levels: int) -> None:
+    """Refuse the first cell of ``x`` that is none of the levels 0, ..., ``levels`` - 1.
+
+    Raises
+    ------
+    InvalidInput
+        With the cell, and what to do.
+    """
+    strange = (~((x >= 0) & (x < levels) & (x == x.floor()))).nonzero()
+    if not len(strange):
+        return
+    row, column = strange[0].tolist()
+    value = x[row, column].item()
+    is_count = 0 <= value < MOST_LEVELS and value == math.floor(value)
+    advice = f"set levels={int(value) + 1} or more" if is_count else "set likelihood=normal, or number the values"
+    raise InvalidInput(
+        f"likelihood=categorical: found {value:g} in column {column + 1}, row {row + 1} (counted from 1), expected "
+        f"whole numbers from 0 to {levels - 1}; {advice}"
+    )
 
 
 def refuse_rows(x: Tensor, columns: list[int], *, is_binary: bool) -> None:

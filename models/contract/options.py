@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
 
-__all__ = ["Column", "Field", "KeyColumn", "Options"]
+__all__ = ["Column", "Field", "KeyColumn", "LabelColumn", "Options"]
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,17 @@ class ColumnRole:
     ----------
     is_key : bool
         Whether the column holds labels, such as the names of sequences, rather than numbers.
+    may_be_blank : bool
+        Whether a row may have no label there.
     """
 
     is_key: bool
+    may_be_blank: bool = False
 
 
 Column = Annotated[int | str, ColumnRole(is_key=False)]
 KeyColumn = Annotated[int | str, ColumnRole(is_key=True)]
+LabelColumn = Annotated[int | str, ColumnRole(is_key=True, may_be_blank=True)]
 
 
 class Options(BaseModel):

@@ -9,8 +9,11 @@ from typing import Any
 import pyro
 import pyro.settings
 import torch
+from pyro import distributions as dist
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from elbozoo.models.contract.batch import Batch
@@ -38,6 +41,10 @@ class LatentSite:
         Whether it stands inside the data plate: one latent per datum.
     cardinality : int or None
         Number of values of each element of a finite discrete site, otherwise None.
+    is_proper : bool
+        Whether its distribution has a density that integrates to one. Pyro's ``ImproperUniform`` has none, nor has
+        any distribution under ``mask(False)``, which is flat where densities are asked for and can still be drawn
+        from; under either p(x) does not exist.
     """
 
     name: str
@@ -45,6 +52,7 @@ class LatentSite:
     support: constraints.Constraint
     is_local: bool
     cardinality: int | None
+    is_proper: bool = True
 
     @property
     def is_discrete(self) -> bool:
@@ -115,6 +123,17 @@ def is_local_node(node: dict[str, Any]) -> bool:
     return any(frame.name == DATA_PLATE for frame in node["cond_indep_stack"])
 
 
+def log_density(node: dict[str, Any]) -> Tensor:
+    """Log probability of a traced sample node in nats, masked and not scaled.
+
+    A mask says which elements there are, so whatever weighs a program's densities must respect it. The scale of the
+    plate, and a β of an objective's, come after what is nonlinear. Pyro's ``log_prob`` has both, and its
+    ``unscaled_log_prob`` neither.
+    """
+    result: Tensor = scale_and_mask(node["unscaled_log_prob"], mask=node["mask"])
+    return result
+
+
 def _stored_in_module(program: Callable[[Batch], Any]) -> list[str]:
     context = getattr(program, "_pyro_context", None)
     return list(getattr(context, "param_state", {"params": {}})["params"])
@@ -123,8 +142,21 @@ def _stored_in_module(program: Callable[[Batch], Any]) -> list[str]:
 def _latent_site(name: str, node: dict[str, Any]) -> LatentSite:
     distribution = node["fn"]
     return LatentSite(
-        name, distribution.event_shape, distribution.support, is_local_node(node), _cardinality(distribution)
+        name,
+        distribution.event_shape,
+        distribution.support,
+        is_local_node(node),
+        _cardinality(distribution),
+        _is_proper(distribution),
     )
+
+
+def _is_proper(distribution: Any) -> bool:
+    while distribution is not None:
+        if isinstance(distribution, dist.ImproperUniform) or getattr(distribution, "_mask", None) is False:
+            return False
+        distribution = getattr(distribution, "base_dist", None)
+    return True
 
 
 def _cardinality(distribution: Any) -> int | None:

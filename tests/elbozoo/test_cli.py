@@ -179,7 +179,7 @@ SET_MIXTURE = "fit gaussian-mixture --data @good.csv --set *"
 CASES = [
     # unknown names
     Case("model", "fit * --data @good.csv", "pcca", "ppca", r"unknown model 'pcca'; did you mean 'ppca'\?"),
-    Case("model no match", "fit * --data @good.csv", "qqqq", "ppca", "unknown model 'qqqq'; known: bayesian-gauss"),
+    Case("model no match", "fit * --data @good.csv", "qqqq", "ppca", "unknown model 'qqqq'; known: autoencoder"),
     Case(
         "model of compare", "compare * --data @good.csv", "pcca", "ppca", r"unknown model 'pcca'; did you mean 'ppca'\?"
     ),

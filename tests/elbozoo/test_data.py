@@ -24,7 +24,9 @@ from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.registry import get_entry
 from elbozoo.models.contract.sequences import SequenceEntry
 
-NAMES = list(list_datasets().index)
+# The files of these are the user's; test_idx.py writes some.
+BROUGHT = ["mnist", "fashion-mnist"]
+NAMES = [name for name in list_datasets().index if name not in BROUGHT]
 # Measurements that were recorded in whole units, and so could pass for counts.
 WHOLE_UNITS = ["nile"]
 STANDARDISED = [name for name in NAMES if name.endswith("-standardised")]
@@ -532,7 +534,7 @@ def test_compressed_files_are_refused_whatever_their_name(csv: Any) -> None:
 
 
 def test_directories_and_pipes_are_refused(tmp_path: Path) -> None:
-    refused(tmp_path, "found a directory at .*; expected a CSV or Parquet file")
+    refused(tmp_path, "found a directory at .*; expected a CSV, Parquet, NPY or NPZ file")
     os.mkfifo(tmp_path / "pipe.csv")
     refused(tmp_path / "pipe.csv", "found no regular file")
 
@@ -787,8 +789,11 @@ BAD_ARRAYS: dict[str, tuple[Any, str]] = {
     "complex": (np.ones((3, 2), dtype=complex), "found complex numbers; expected real numbers; split"),
     "complex tensor": (torch.ones(3, 2, dtype=torch.complex64), "tensor: found complex numbers"),
     "conjugate tensor": (torch.ones(3, 2, dtype=torch.complex64).conj(), "tensor: found complex numbers"),
-    "three dimensions": (np.ones((3, 2, 2)), r"found 3 dimensions, shape \(3, 2, 2\); expected \(N, D\).*reshape"),
-    "three dimensions of a tensor": (torch.ones(3, 2, 2), "tensor: found 3 dimensions"),
+    "five dimensions": (
+        np.ones((3, 1, 2, 2, 2)),
+        r"found 5 dimensions, shape \(3, 1, 2, 2, 2\); expected rows .*reshape",
+    ),
+    "five dimensions of a tensor": (torch.ones(3, 1, 2, 2, 2), "tensor: found 5 dimensions"),
     "a scalar": (np.ones(()), "found 0 dimensions"),
     "a scalar tensor": (torch.tensor(1.0), "found 0 dimensions"),
     "no row": (np.ones((0, 2)), "found 0 rows; expected at least 2"),

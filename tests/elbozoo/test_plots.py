@@ -151,7 +151,7 @@ def test_seeds_are_marked(ppca: Comparison) -> None:
 
 def test_only_methods_without_a_bound_say_so(ppca: Comparison) -> None:
     ax = bar_axes(plots.ledger_bars(ppca))
-    (text,) = [text for text in ax.texts if text.get_text() == "no bound"]
+    (text,) = [text for text in ax.texts if text.get_text() == "not a bound"]
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels[round(text.xy[1])] == "free-delta"  # type: ignore[attr-defined]
     assert drawn_widths(plots.ledger_bars(ppca))["free-delta", plots.ELBO] == 0
@@ -200,7 +200,7 @@ def test_a_ledger_without_evidence_can_be_drawn(ppca: Comparison) -> None:
     empty = replace(ppca, table=table)
     for figure in (plots.ledger_bars(empty), plots.curves(empty), plots.overview(empty)):
         assert plots.png(figure)
-    assert len([t for t in bar_axes(plots.ledger_bars(empty)).texts if t.get_text() == "no bound"]) == 4
+    assert len([t for t in bar_axes(plots.ledger_bars(empty)).texts if t.get_text() == "not a bound"]) == 4
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from elbozoo import notebook, tutorials
+from elbozoo.inference.method import default_guide
 from elbozoo.models import entry_names, get_entry
 from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
 from elbozoo.notebook import Code, Text, execute
@@ -168,7 +169,7 @@ OTHER_PAIRS = (
 
 def pairs() -> Iterator[Any]:
     """Every entry with the default guide, and one pair of each kind that differs from it."""
-    yield from ((model, GUIDE if get_entry(model).example().latent_sites() else "exact") for model in entry_names())
+    yield from ((model, default_guide(get_entry(model).example())) for model in entry_names())
     yield from (pytest.param(model, guide, marks=pytest.mark.slow) for model, guide in OTHER_PAIRS)
 
 

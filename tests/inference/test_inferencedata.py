@@ -27,7 +27,7 @@ from elbozoo.inference.inferencedata import inference_data
 from elbozoo.inference.nuts import NUTSOptions, run_nuts
 from elbozoo.models import Batch, Entry, get_entry
 from elbozoo.models.contract.entry import Program
-from elbozoo.models.contract.sequences import SequenceEntry
+from elbozoo.models.contract.sequences import StackedEntry, steps_mask
 
 SCHOOLS = ez.load_data("eight-schools").x
 DRAWS = 5
@@ -79,7 +79,7 @@ def test_every_fit_has_every_group_with_named_dimensions(name: str, guide: str) 
     groups = GROUPS if entry.latent_sites(x) else GROUPS - {"posterior", "prior"}
     assert set(data.groups()) >= groups
     assert ("constant_data" in data.groups()) == bool(entry.constant_data(x))
-    rows = ("sequence", "step") if isinstance(entry, SequenceEntry) else ("row",)
+    rows = entry.stack_dims if isinstance(entry, StackedEntry) else ("row",)
     sites = {site.name: site for site in entry.latent_sites(x)}
     in_q = {n: s for n, s in sites.items() if s.is_local == all(each.is_local for each in sites.values())}
     for group in (data[name] for name in ("posterior", "prior") if name in groups):
@@ -87,9 +87,12 @@ def test_every_fit_has_every_group_with_named_dimensions(name: str, guide: str) 
         for site in in_q.values():
             values = group[site.name]
             assert values.sizes["chain"] == 1 and values.sizes["draw"] == DRAWS
-            assert values.dims[2 : 2 + len(rows)] == rows if site.is_local else "row" not in values.dims
+            # The latent of a group has no dimension of its rows.
+            own = rows if site.event_shape[: len(rows) - 1] == x.shape[1 : len(rows)] else rows[:1]
+            assert values.dims[2 : 2 + len(own)] == own if site.is_local else "row" not in values.dims
             assert values.shape[len(values.dims) - len(site.event_shape) :] == site.event_shape
-            assert np.isfinite(values).all()
+            finite = np.isfinite(values.to_numpy())
+            assert (finite[:, :, steps_mask(x).numpy()] if len(own) == 2 else finite).all()
     likelihood = data.log_likelihood["x"]
     assert likelihood.dims == ("chain", "draw", rows[0]) and likelihood.shape == (1, DRAWS, len(x))
     observed = data.observed_data["x"]

@@ -62,7 +62,7 @@ def test_values_of_steps_come_back_in_the_order_of_the_table() -> None:
 def test_names_lose_the_key() -> None:
     entry = SequenceEntry(SequenceOptions(sequence=1), 2)
     entry.table_names = ("a", "who", "b")
-    assert entry.names == ("a", "b") and entry.key_names() == ["who"]
+    assert entry.names == ("a", "b") and list(entry.key_columns()) == ["who"]
     assert SequenceEntry(SequenceOptions(), 3).names == ("x0", "x1", "x2")
 
 

@@ -1,0 +1,165 @@
+"""From data and what is asked of them to rows to fit to, rows to stop by, rows to test with, and binary pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+
+from elbozoo.binarisation import largest
+from elbozoo.data import Dataset, Split
+from elbozoo.inference.heldout import Companions
+from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.sequences import StackedEntry
+
+PARTS = ("validation", "test")
+OWN = "rows of their own"
+
+
+class Request(NamedTuple):
+    """What is asked of the data beside their columns.
+
+    Attributes
+    ----------
+    binarise : str or None
+        How to make pixels binary, see :meth:`~elbozoo.data.Dataset.binarised`.
+    validation, test : float, data or None
+        A share of the rows, or data of their own.
+    seed : int
+        Seed of the split and of the draw of pixels.
+    """
+
+    binarise: str | None = None
+    validation: Any = None
+    test: Any = None
+    seed: int = 0
+
+    def shares(self) -> dict[str, float]:
+        """Return the parts that are shares of the rows."""
+        given = {part: getattr(self, part) for part in PARTS}
+        return {part: float(value) for part, value in given.items() if isinstance(value, Real)}
+
+    def others(self) -> dict[str, Any]:
+        """Return the parts that are data of their own."""
+        return {p: getattr(self, p) for p in PARTS if getattr(self, p) is not None and p not in self.shares()}
+
+
+class Prepared(NamedTuple):
+    """Rows to fit to, what stands beside them, and what makes them again, by name."""
+
+    rows: Dataset
+    companions: Companions
+    arguments: dict[str, Any]
+
+
+def prepare(
+    cls: type[Entry] | None,
+    rows: Dataset,
+    options: dict[str, Any],
+    request: Request,
+    load: Callable[[Any, Dataset], Dataset],
+) -> Prepared:
+    """Make the pixels binary and set rows aside, as ``request`` says.
+
+    Parameters
+    ----------
+    cls : type or None
+        The entry, which says which columns have a role and what a datum is; None for a program of the user's.
+    rows : Dataset
+        All rows.
+    options : dict
+        Options of the entry, among others.
+    request : Request
+        What is asked.
+    load : callable
+        Loads data of their own with the columns of a data set.
+
+    Raises
+    ------
+    InvalidInput
+        For shares or data that do not fit, or labels that only rows that are set aside have.
+    """
+    positions = _positions(cls, rows, options)
+    leave = [rows.columns[position] for position in positions.values()]
+    top = rows.top
+    if request.binarise is not None:
+        is_pixel = torch.tensor([name not in leave and name not in rows.levels for name in rows.columns])
+        top = largest(rows.x[:, is_pixel]) if top is None and is_pixel.any() else top
+        rows = replace(rows, top=top).binarised(request.binarise, request.seed, leave=leave)
+    unit = _unit(cls, rows, positions, request)
+    split = rows.split(**request.shares(), seed=request.seed, by=unit) if request.shares() else Split(rows, None, None)
+    parts = {"validation": split.validation, "test": split.test}
+    for number, (part, source) in enumerate(request.others().items(), start=1):
+        other = _with_codes_of(rows, load(source, rows))
+        if request.binarise is not None:
+            # Another seed than that of the rows: two draws by one noise would not be independent.
+            other = replace(other, top=top).binarised(request.binarise, request.seed + number, leave=leave)
+        parts[part] = other
+    for part, data in parts.items():
+        if data is not None:
+            _refuse_new_labels(part, split.train, data, [name for name in rows.levels if name != unit])
+    tables = {part: None if data is None else data.x for part, data in parts.items()}
+    return Prepared(split.train, Companions(**tables, intensities=split.train.intensities), _arguments(rows, request))
+
+
+def _positions(cls: type[Entry] | None, rows: Dataset, options: dict[str, Any]) -> dict[str, int]:
+    """Return the positions of the columns that have a role, by option."""
+    if cls is None:
+        return {}
+    given = {name: value for name, value in options.items() if name in cls.Options.model_fields}
+    found = cls.Options.parse(given).at_positions(rows.columns).columns_named()
+    return {option: int(position) % rows.width for option, position in found.items()}
+
+
+def _unit(cls: type[Entry] | None, rows: Dataset, positions: dict[str, int], request: Request) -> str | None:
+    """Return the column whose rows are one datum, which is never cut, or None where each row is one."""
+    if cls is None or not issubclass(cls, StackedEntry):
+        return None
+    if cls.key in positions:
+        return rows.columns[positions[cls.key]]
+    if request.shares():
+        part, share = next(iter(request.shares().items()))
+        raise InvalidInput(
+            f"{part}: found {share:g} with a table that is one {cls.key}, expected several to choose from, since a "
+            f"{cls.key} is never cut; name them with {cls.key}=COLUMN, or give rows of your own as {part}"
+        )
+    return None
+
+
+def _with_codes_of(rows: Dataset, other: Dataset) -> Dataset:
+    """Return ``other`` with the codes that its labels have in ``rows``; new labels come after those."""
+    x, levels = other.x.clone(), dict(other.levels)
+    for name in rows.levels.keys() & other.levels.keys():
+        levels[name] = list(dict.fromkeys([*rows.levels[name], *other.levels[name]]))
+        codes = torch.tensor([levels[name].index(label) for label in other.levels[name]], dtype=x.dtype)
+        column = x[:, other.columns.index(name)]
+        known = ~column.isnan()
+        column[known] = codes[column[known].long()]
+    return replace(other, x=x, levels=levels)
+
+
+def _refuse_new_labels(part: str, train: Dataset, data: Dataset, keys: Iterable[str]) -> None:
+    for name in keys:
+        known = train.x[:, train.columns.index(name)]
+        codes = data.x[:, data.columns.index(name)]
+        new = codes[~torch.isin(codes, known) & ~codes.isnan()]
+        if len(new):
+            label = data.levels[name][int(new[0])]
+            raise InvalidInput(
+                f"{part}: found the label {label!r} in column {name!r}, which no row of the fit has, expected labels "
+                "that the model can learn; choose other shares or another data_seed, or leave those rows out"
+            )
+
+
+def _arguments(rows: Dataset, request: Request) -> dict[str, Any]:
+    given = dict(rows.arguments)
+    seed = given.pop("seed", None)
+    if request.shares():
+        seed = request.seed
+    given |= request.shares()
+    given |= {part: source if isinstance(source, str) else OWN for part, source in request.others().items()}
+    return given if seed is None else given | {"data_seed": seed}

@@ -1,0 +1,172 @@
+r"""Autoencoder: one code for each row, without a distribution, and a decoder that gives the row back.
+
+An encoder squeezes a row into a few numbers and a decoder unfolds them again; both learn from what is lost on the
+way. There is no prior on the code and no noise in it. It is the VAE's ancestor, and here it stands beside it: the same
+decoders and likelihoods, so that what the distribution adds can be seen.
+
+$$
+z_n = e(x_n) \in \mathbb R^K, \qquad y_n = W_2\, a(W_1 z_n + b_1) + b_2, \qquad
+x_n \mid z_n \sim \prod_d \mathrm{Bernoulli}\bigl(\mathrm{sigmoid}(y_{nd})\bigr)
+\quad\text{or}\quad \prod_d \mathcal N\bigl(m_d + s_d\, y_{nd},\ (s_d\, \sigma)^2\bigr)
+$$
+
+As a program the code has a *flat* prior, of log density 0 everywhere, and $q(z \mid x_n)$ is a point mass at
+$e(x_n)$. What is maximised is the log-likelihood of the rows at their codes,
+
+$$
+\sum_n \log p\bigl(x_n \mid e(x_n)\bigr),
+$$
+
+minus the cross-entropy under `likelihood = bernoulli`. Under `likelihood = normal` it is, at its best
+$\sigma^2 = \tfrac{1}{ND} \sum_{nd} (x_{nd} - m_d - s_d y_{nd})^2 / s_d^2$, a falling function of the squared error in
+units of the columns.
+
+*This is not a bound.* A flat prior has no integral, so that $p(x) = \int p(x \mid z)\, dz$ is no density: a bounded
+decoder makes it infinite, and a linear one finite for each $x$ but infinite in sum over all. With no evidence there is
+nothing to bound, no gap and no posterior. So the ELBO reads "not a bound" and log p(x) is empty, and guides with a
+density are refused, as is Monte Carlo EM. A program must be run to be simulated, all the same: codes are then drawn
+from $\mathcal N(0, I)$, which is a convention and not a prior. Where an encoder has put its codes is its own affair, so
+that drawn rows say little; `transform`, `decode` and `reconstruct` are what an autoencoder is for.
+
+With `decoder = linear` and an `encoder = linear` of an amortized guide it is principal component analysis in units of
+the columns. The squared error is least where $y$ is the projection of the row on the plane of the first $K$ principal
+axes, and every other stationary point is a saddle (Baldi & Hornik 1989): gradients arrive. The codes are the
+components only up to an invertible matrix, which flows from encoder to decoder without a trace in the error.
+
+What goes wrong: *the identity map*. With $K \ge D$ a code can be the row itself; the error goes to zero, $\sigma$ to
+`noise_floor`, and nothing has been learned. A code smaller than the row, or corruption as in `denoising-autoencoder`,
+makes it learn. *Memory*: a free code for each row with a wide decoder, or a wide encoder on few rows, can learn
+the rows by heart; compare the objective on held-out rows. *Dead codes*: a dimension whose outgoing weights have shrunk,
+or whose units all saturate (`tanh`) or are off (`relu`), has no gradient and stays unused; its codes do not vary.
+*Holes*: between and beyond the codes of the data the decoder has never been asked for anything, and what it
+gives there need not look like data; a VAE's noise is what fills them.
+
+References
+----------
+```bibtex
+@article{baldi1989neural,
+  author = {Baldi, Pierre and Hornik, Kurt},
+  title = {Neural networks and principal component analysis: Learning from examples without local minima},
+  journal = {Neural Networks}, volume = {2}, number = {1}, pages = {53--58}, year = {1989}
+}
+@article{bourlard1988auto,
+  author = {Bourlard, Herv{\'e} and Kamp, Yves},
+  title = {Auto-association by multilayer perceptrons and singular value decomposition},
+  journal = {Biological Cybernetics}, volume = {59}, pages = {291--294}, year = {1988}
+}
+@article{hinton2006reducing,
+  author = {Hinton, Geoffrey E. and Salakhutdinov, Ruslan R.},
+  title = {Reducing the Dimensionality of Data with Neural Networks},
+  journal = {Science}, volume = {313}, number = {5786}, pages = {504--507}, year = {2006}
+}
+```
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import distributions as dist
+from torch import Tensor, nn
+
+from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.entry import Entry
+from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, multilayer, refuse_rows
+from elbozoo.models.contract.options import Field
+
+NO_DENSITY = "the prior of its code is flat, so that p(x) does not exist and a q with a density has nothing to bound"
+ONE_CODE = "one code for all rows gives them all the same reconstruction"
+
+
+class AutoencoderOptions(NetworkOptions):
+    """Options of :class:`Autoencoder`."""
+
+    latent_dim: int = Field(2, ge=1, description="dimension K of the code")
+    decoder: Literal["mlp", "linear"] = Field("mlp", description="decoder: one hidden layer, or a matrix and a bias")
+
+
+class Autoencoder(Entry):
+    """Autoencoder: z flat, x ~ Bernoulli(sigmoid(y)) or N(m + s y, (s σ)²) with y = decoder(z).
+
+    Attributes
+    ----------
+    decoder : nn.Sequential
+        The network z (..., K) to y (..., D).
+    likelihood : RowLikelihood
+        p(x given y), with σ, m and s.
+    """
+
+    Options = AutoencoderOptions
+    options: AutoencoderOptions
+    dtype = torch.float32
+    example_columns = 6
+
+    def __init__(self, options: AutoencoderOptions, columns: int) -> None:
+        super().__init__(options, columns)
+        is_linear = options.decoder == "linear"
+        self.decoder = (
+            nn.Sequential(nn.Linear(options.latent_dim, columns))
+            if is_linear
+            else multilayer(options.latent_dim, columns, options)
+        )
+        self.likelihood = RowLikelihood(columns, options)
+
+    @classmethod
+    def check_data(cls, x: Tensor, options: Any) -> None:
+        """Refuse cells that are neither 0 nor 1 where the likelihood is Bernoulli."""
+        refuse_rows(x, list(range(x.shape[1])), is_binary=options.likelihood == "bernoulli")
+
+    def initialize(self, x: Tensor, restart: int = 0) -> None:
+        """Start with fresh random weights about the columns' means."""
+        for layer in self._linear_layers():
+            layer.reset_parameters()
+        self.likelihood.initialize(x, self._linear_layers()[-1])
+
+    def randomize(self) -> None:
+        """Draw weights large enough that the rows show their codes; the noise has a quarter of their scale."""
+        *hidden, last = self._linear_layers()
+        gain = 6.0 if self.likelihood.is_binary else 1.5
+        with torch.no_grad():
+            for layer in hidden:
+                layer.weight.normal_().mul_(1.5 / math.sqrt(layer.in_features))
+                layer.bias.normal_()
+            last.weight.normal_().mul_(gain / math.sqrt(last.in_features))
+            last.bias.zero_()
+            if not self.likelihood.is_binary:
+                self.likelihood.set_noise_scale(0.25)
+
+    def guide_refusal(self, family: str, source: str) -> str | None:
+        """Refuse what needs a prior, and what reads nothing off the rows."""
+        if family != "delta":
+            return NO_DENSITY
+        return ONE_CODE if source == "shared" else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """z (B, K) flat; x (B, D) ~ the likelihood at decoder(z)."""
+        with pyro.plate("data", batch.total, subsample=batch.index):
+            z = pyro.sample("z", self.prior())
+            return pyro.sample("x", self.likelihood.distribution(self.decoder(z)), obs=batch.x)
+
+    def prior(self) -> dist.TorchDistribution:
+        """Flat p(z), of log density 0, event shape (K,); its draws are standard normal, by convention."""
+        return self._standard_normal().mask(False)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Mean of x given codes ``z`` (..., K): (..., D), probabilities under Bernoulli."""
+        mean: Tensor = self.likelihood.distribution(self.decoder(z)).mean
+        return mean
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """Log p(x_n given z_g) in nats, (N, G), for rows ``x`` (N, D) and codes ``z`` (G, K)."""
+        return self.likelihood.log_likelihood(x, self.decoder(z))
+
+    def _standard_normal(self) -> dist.TorchDistribution:
+        zeros = self._linear_layers()[0].weight.new_zeros(self.options.latent_dim)
+        normal: dist.TorchDistribution = dist.Normal(zeros, 1.0).to_event(1)
+        return normal
+
+    def _linear_layers(self) -> list[nn.Linear]:
+        return [layer for layer in self.decoder if isinstance(layer, nn.Linear)]
