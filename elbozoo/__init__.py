@@ -25,10 +25,10 @@ if TYPE_CHECKING:
         tutorial,
     )
     from elbozoo.comparison import Comparison  # noqa: F401
-    from elbozoo.data import Dataset  # noqa: F401
     from elbozoo.inference.fit import Fit  # noqa: F401
     from elbozoo.models.contract.errors import InvalidInput, NumericalFailure  # noqa: F401
     from elbozoo.rate_curve import RateDistortion  # noqa: F401
+    from elbozoo.tables import Dataset  # noqa: F401
 
 _HOMES = {
     **dict.fromkeys(
@@ -48,7 +48,7 @@ _HOMES = {
         "elbozoo.api",
     ),
     "Comparison": "elbozoo.comparison",
-    "Dataset": "elbozoo.data",
+    "Dataset": "elbozoo.tables",
     "Fit": "elbozoo.inference.fit",
     "InvalidInput": "elbozoo.models.contract.errors",
     "NumericalFailure": "elbozoo.models.contract.errors",

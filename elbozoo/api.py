@@ -142,7 +142,7 @@ def fit(
         Columns of a file or DataFrame to use; those that an option names, such as ``target``, are used too.
     binarise : str, optional
         ``threshold``, ``static`` or ``stochastic``: make binary pixels of the columns that no option names, see
-        :meth:`~elbozoo.data.Dataset.binarised`. Stochastic ones are drawn anew at each step of variational inference,
+        :meth:`~elbozoo.tables.Dataset.binarised`. Stochastic ones are drawn anew at each step of variational inference,
         and held fixed for all that is reported.
     validation : float or data, optional
         Rows that the fit does not learn from, as a share of the rows or as data of their own. Options ``patience`` and

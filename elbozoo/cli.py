@@ -265,7 +265,7 @@ def fit_command(
         rows = [[name, NOT_A_BOUND if name in ("elbo", "heldout_elbo") else cell] for name, cell in rows]
     _console().print(
         _table(
-            f"{model} on {result.data['name']} by {chosen} (nats, totals over {result.data['rows']} rows)",
+            f"{model} on {result.data['name']} by {fit.method} (nats, totals over {result.data['rows']} rows)",
             ["figure", "value"],
             rows,
         )

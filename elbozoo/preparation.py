@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from elbozoo.binarisation import largest
-from elbozoo.data import Dataset, Split
 from elbozoo.inference.heldout import Companions
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.sequences import StackedEntry
+from elbozoo.tables import Dataset, Split
 
 PARTS = ("validation", "test")
 OWN = "rows of their own"
@@ -26,7 +26,7 @@ class Request(NamedTuple):
     Attributes
     ----------
     binarise : str or None
-        How to make pixels binary, see :meth:`~elbozoo.data.Dataset.binarised`.
+        How to make pixels binary, see :meth:`~elbozoo.tables.Dataset.binarised`.
     validation, test : float, data or None
         A share of the rows, or data of their own.
     seed : int

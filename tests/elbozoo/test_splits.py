@@ -18,7 +18,7 @@ from scipy import stats
 import elbozoo as ez
 from elbozoo import report
 from elbozoo.cli import main
-from elbozoo.data import Dataset, Split
+from elbozoo.tables import Dataset, Split
 from elbozoo.inference.comparison import HELDOUT, ROW, TABLE_ONLY
 from elbozoo.models.contract.errors import InvalidInput
 
