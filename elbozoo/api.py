@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -339,7 +340,9 @@ def _prepared(
     rows, options = _load(model, data, columns, options)
 
     def load(source: Any, like: Dataset) -> Dataset:
-        return _load(model, source, like.columns, options)[0]
+        # What has no names has its columns in order, and all of them, so that another width is noticed.
+        has_names = columns is not None or isinstance(source, str | os.PathLike | pd.DataFrame | Dataset)
+        return _load(model, source, like.columns if has_names else None, options)[0]
 
     return prepare(_entry_class(model), rows, options, request, load), options
 
@@ -371,7 +374,11 @@ def _load(
     for column in named:
         if column not in rows.columns:
             load_data(data, [column])  # says why it was left out
-    return rows, options | dict(zip(keys, rows.levels, strict=False))
+    options = options | dict(zip(keys, rows.levels, strict=False))
+    is_conv = "conv" in (options.get("architecture"), options.get("encoder"))
+    if is_conv and rows.image_shape is not None and options.get("image_shape") is None:
+        options["image_shape"] = "x".join(map(str, rows.image_shape))
+    return rows, options
 
 
 def _entry_class(model: Model) -> type[Entry] | None:

@@ -284,7 +284,7 @@ def _from_frame(frame: pd.DataFrame, where: str, wanted: Wanted, origin: str) ->
         list(kept),
         description="; ".join(filter(None, [origin, note])),
         levels={name: levels for name, (_, levels) in coded.items()},
-        missing=wanted.missing,
+        missing=wanted.missing or wanted.missing_labels,
     )
 
 
@@ -363,9 +363,16 @@ def _from_array(array: npt.NDArray[Any], where: str, wanted: Wanted, origin: str
         description="; ".join(filter(None, [origin or f"the caller's {where}", note])),
         image_shape=image_shape if wanted.columns is None and not keys else None,
         levels=levels,
-        missing=wanted.missing,
-        top={"bool": 1.0, "uint8": 255.0}.get(array.dtype.name),
+        missing=wanted.missing or wanted.missing_labels,
+        top=_top(array),
     )
+
+
+def _top(array: npt.NDArray[Any]) -> float | None:
+    """Largest value that a pixel can have, by its type; bytes of zeros and ones are no shades of 255."""
+    if array.dtype.name == "uint8":
+        return 255.0 if array.size and array.max() > 1 else 1.0
+    return 1.0 if array.dtype.name == "bool" else None
 
 
 def _image_shape(array: npt.NDArray[Any], where: str) -> tuple[int, int] | tuple[int, int, int] | None:

@@ -85,7 +85,16 @@ def read_arrays(path: Path, where: str, key: str | None) -> Arrays:
         chosen = _row_key(where, names, key, lambda name: _loaded(lambda: archive[name], where).shape)
         labels = next((name for name in _label_keys(chosen) if name in names and name != chosen), None)
         x = _loaded(lambda: archive[chosen], where)
-        return Arrays(x, None if labels is None else _loaded(lambda: archive[labels], where))
+        return Arrays(x, None if labels is None else _labels(lambda: archive[labels], where, labels))
+
+
+def _labels(load: Callable[[], Any], where: str, name: str) -> Any:
+    """Return the labels beside the rows, or None where they cannot be read, since no fit needs them."""
+    try:
+        return _loaded(load, where)
+    except InvalidInput:
+        logger.warning("%s: left out %r, which holds no labels that are numbers", where, name)
+        return None
 
 
 def _loaded(load: Callable[[], Any], where: str) -> Any:

@@ -59,7 +59,7 @@ def load_labelled_images(name: str, root: str | os.PathLike[str] | None, folder:
     if root is None:
         raise InvalidInput(
             f"data set {name!r}: found no root; expected the folder with your files {_and(files)}, plain or ending in "
-            ".gz; give root=DIR or --root DIR"
+            f".gz; give load_data({name!r}, root=DIR) or --root DIR"
         )
     # The folder of this data set first, since the files of all such data sets have the same names.
     top = Path(os.path.expanduser(root))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from numbers import Real
@@ -157,9 +158,12 @@ def _refuse_new_labels(part: str, train: Dataset, data: Dataset, keys: Iterable[
 
 def _arguments(rows: Dataset, request: Request) -> dict[str, Any]:
     given = dict(rows.arguments)
-    seed = given.pop("seed", None)
-    if request.shares():
-        seed = request.seed
-    given |= request.shares()
-    given |= {part: source if isinstance(source, str) else OWN for part, source in request.others().items()}
+    shares = {part: share for part, share in request.shares().items() if share}
+    others = {p: str(s) if isinstance(s, str | os.PathLike) else OWN for p, s in request.others().items()}
+    if shares and given.get("seed", request.seed) != request.seed:
+        # The pixels were drawn by another seed before, which stays that of load_data.
+        return given | shares | others | {"data_seed": request.seed}
+    seed = request.seed if shares else given.pop("seed", None)
+    given.pop("seed", None)
+    given |= shares | others
     return given if seed is None else given | {"data_seed": seed}

@@ -640,6 +640,12 @@ def _methods(comparison: Comparison) -> list[str]:
     return [str(method) for method in comparison.table["method"].unique()]
 
 
+def _asked(comparison: Comparison) -> list[str]:
+    """Methods as they were asked for: all ways to q share a model that was learned before."""
+    asked = comparison.data.get("methods")
+    return [str(asked)] if asked else _methods(comparison)
+
+
 def _reproduction(comparison: Comparison) -> str:
     words, code = reproduction(comparison)
     return f"{_paragraphs(words)}\n<pre><code>{escape(code)}</code></pre>"
@@ -658,14 +664,15 @@ def reproduction(comparison: Comparison) -> tuple[list[str], str]:
     loading, preparing = _arguments(comparison.data)
     own = [name for name, value in preparing.items() if value == OWN]
     words += [f"Its {name} rows came from memory: pass the same rows as {name}." for name in own]
-    if not is_program and is_counted and not own and source == repr(comparison.data["name"]):
+    in_one_call = "seed" not in comparison.data.get("arguments", {})
+    if not is_program and is_counted and not own and in_one_call and source == repr(comparison.data["name"]):
         return words, _command(comparison)
     if loading:
         source = f"ez.load_data({source}, {_keywords(loading)})"
     arguments = [
         "program" if is_program else repr(comparison.model),
         source,
-        f"methods={_methods(comparison)!r}",
+        f"methods={_asked(comparison)!r}",
         f"seeds={len(seeds) if is_counted else seeds!r}",
         *([_keywords(preparing)] if preparing else []),
         *(f"{option}={value!r}" for option, value in comparison.options.items()),
@@ -676,8 +683,9 @@ def reproduction(comparison: Comparison) -> tuple[list[str], str]:
 def _arguments(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what loads the data beside their name, and what was done to them after that."""
     given = data.get("arguments", {})
-    loading = {name: value for name, value in given.items() if name in LOADING}
-    return loading, {name: value for name, value in given.items() if name not in LOADING}
+    at_loading = (*LOADING, "binarise", "seed") if "seed" in given else LOADING
+    loading = {name: value for name, value in given.items() if name in at_loading}
+    return loading, {name: value for name, value in given.items() if name not in loading}
 
 
 def _keywords(arguments: dict[str, Any]) -> str:
@@ -700,6 +708,8 @@ def _data_source(data: dict[str, Any], rows: int) -> tuple[str, list[str]]:
         seed = "The data were simulated with seed 0, unless another was given."
         return (repr(name) if rows == SIMULATED_ROWS else f"ez.load_data({name!r}, rows={rows})"), [seed]
     if name in named.index:
+        if rows != named.loc[name, "rows"] and "split" not in data.get("arguments", {}):
+            return "x", [f"Of the rows of {name}, {rows} were picked: pass the same rows as x."]
         picked = data["columns"] != named.loc[name, "columns"]
         words = f"Of the columns of {name}, {data['columns']} were picked: name them with --columns or columns=[...]."
         return repr(name), [words] if picked else []
@@ -709,7 +719,7 @@ def _data_source(data: dict[str, Any], rows: int) -> tuple[str, list[str]]:
 
 
 def _command(comparison: Comparison) -> str:
-    methods, seeds = ",".join(_methods(comparison)), str(len(_seeds(comparison)))
+    methods, seeds = ",".join(_asked(comparison)), str(len(_seeds(comparison)))
     command = ["elbozoo", "compare", comparison.model, "--data", str(comparison.data["name"])]
     for name, value in comparison.data.get("arguments", {}).items():
         command += [f"--{name.replace('_', '-')}", str(value)]

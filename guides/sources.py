@@ -77,7 +77,14 @@ class Amortized(nn.Module):
         return (self._seen(x) - self.mean) / self.scale
 
     def _seen(self, x: Tensor) -> Tensor:
-        return x.log1p() if self.takes_logarithms else x
+        if not self.takes_logarithms:
+            return x
+        if bool((x <= -1).any()):
+            raise InvalidInput(
+                f"option encoder_input: found 'log1p' with the value {float(x.min()):g} in rows that the encoder sees, "
+                "expected counts or other values of 0 or more; set encoder_input=values"
+            )
+        return x.log1p()
 
 
 class SemiAmortized(Amortized):

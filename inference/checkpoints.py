@@ -282,7 +282,8 @@ def _difference(name: str, found: Any, expected: Any) -> str:
         return f"{_data(found)}, expected {_data(expected)}"
     if isinstance(expected, dict):
         found = found if isinstance(found, dict) else {}
-        key = next(key for key in [*expected, *found] if found.get(key) != expected.get(key))
+        keys = [*expected, *found]
+        key = next(k for k in keys if (k in found) != (k in expected) or found.get(k) != expected.get(k))
         name, found, expected = f"{name} {key}", found.get(key), expected.get(key)
     return f"{name} {found!r}, expected {expected!r}"
 

@@ -24,6 +24,7 @@ from elbozoo.inference.records import NO_RECORDS, Records
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Program, SupportsEM
 from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.options import plain
 
 logger = logging.getLogger(__name__)
 
@@ -216,13 +217,15 @@ def run_comparison(
     ledgers = _with_learning_gaps(_ledgers(fits, closed_form, progress), closed_form)
     table = pd.DataFrame([_row(fit, ledger) for fit, ledger in zip(fits, ledgers, strict=True)])
     data: dict[str, Any] = {"name": name, "rows": x.shape[0], "columns": x.shape[1]}
+    if teacher:
+        data["methods"] = EVERY_WAY
     if arguments:
         data["arguments"] = dict(arguments)
     if companions.heldout is None:
-        return Comparison(fits[0].model, data, fits, table, dict(options))
+        return Comparison(fits[0].model, data, fits, table, plain(options))
     # From plain values, which have a type by column; a Series of them has none.
     table = pd.concat([table, pd.DataFrame([fit.heldout().to_dict() for fit in fits])], axis=1)
-    return Comparison(fits[0].model, data, fits, table, dict(options), _about(companions))
+    return Comparison(fits[0].model, data, fits, table, plain(options), _about(companions))
 
 
 def _ways_to_q(methods: list[str | None], prepare: Callable[[str], Plan]) -> tuple[Plan, list[Plan]]:
@@ -261,10 +264,16 @@ def _fits(
     teacher: Plan | None = None,
 ) -> list[Fit]:
     fits: list[Fit] = []
-    thetas = {seed: teacher.run(seed, progress=progress).entry for seed in seeds} if teacher else {}
+    learned: dict[int, Fit] = {}
+    for seed in seeds if teacher else ():
+        learned[seed] = teacher.run(seed, progress=progress)  # type: ignore[union-attr]
+        if learned[seed].interrupted:
+            break
     for each in plans:
-        for seed in seeds:
-            fits.append(each.run(seed, theta=thetas.get(seed), progress=progress))
+        for seed in learned or seeds:
+            fits.append(each.run(seed, theta=learned[seed].entry if learned else None, progress=progress))
+            if learned and not learned[seed].converged:
+                fits[-1].notes.append(f"θ was learned by {learned[seed].method}, which did not converge")
             on_fit(fits[-1])
             if fits[-1].interrupted:  # the user wants what there is, not the next fit
                 return fits

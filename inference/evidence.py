@@ -194,7 +194,7 @@ def _global(program: UnconstrainedProgram) -> Evidence:
 
 
 def _prior_moments(entry: Entry, sites: _Sites, x: Tensor) -> tuple[Tensor, Tensor]:
-    draws = poutine.trace(entry).get_trace(Batch.full(x[:1].expand(4096, -1)))
+    draws = poutine.trace(entry).get_trace(Batch.full(x[:1].expand(4096, *x.shape[1:])))
     z = torch.cat([draws.nodes[s.name]["value"].reshape(4096, s.dim) for s in sites.real], -1)
     return z.mean(0), z.std(0)
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import arviz
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from pyro import poutine
@@ -24,7 +25,7 @@ from elbozoo.inference.disentanglement import Disentanglement, disentanglement
 from elbozoo.inference.estimators import EvidenceEstimate, Latents, estimate_log_evidence
 from elbozoo.inference.evidence import PARTICLES, Evidence, evidence_or_estimate
 from elbozoo.inference.evidence import log_evidence as known_evidence
-from elbozoo.inference.heldout import ALONE, Companions, heldout_figures
+from elbozoo.inference.heldout import ALONE, Companions, check_new_rows, heldout_figures
 from elbozoo.inference.inferencedata import inference_data
 from elbozoo.inference.ledger import Ledger, compute_ledger, elbo_of
 from elbozoo.inference.storage import read_fit, save_fit
@@ -324,7 +325,8 @@ class Fit:
                 raise InvalidInput("a loaded fit does not carry its data; pass the rows x")
             return self.x
         given = _numbers(_by_name(x, self.entry))
-        rows = self.entry.arrange(given, self.entry.options) if given.ndim == 2 else given
+        is_table = given.ndim == 2 and given.shape[1] == len(self.entry.table_names)
+        rows = self.entry.arrange(given, self.entry.options) if is_table else given
         if rows.ndim != len(self.shape) or self.entry.width(rows) != self.entry.columns:
             columns = ", ".join(self.entry.table_names)
             raise InvalidInput(
@@ -332,6 +334,8 @@ class Fit:
             )
         if rows.isinf().any() or (rows.isnan().any() and not self.entry.allows_missing):
             raise InvalidInput("found NaN or infinity in the rows, expected finite numbers; leave those rows out")
+        if self.x is not None:
+            check_new_rows(self.entry, self.x, rows, "the")
         return rows
 
 
@@ -355,13 +359,29 @@ def _by_name(x: Any, entry: Entry) -> Any:
         return x
     table = x[list(entry.table_names)]
     if isinstance(entry, StackedEntry):
-        return table.assign(**{key: pd.factorize(table[key])[0] for key in entry.key_columns()})
+        return table.assign(**{key: _stacks(table[key], key) for key in entry.key_columns()})
     known = {key: role for key, role in entry.key_columns().items() if key in entry.levels}
     codes = {
-        key: codes_among(table[key], entry.levels[key], key, may_be_blank=role.may_be_blank)
+        key: codes_among(_labels(table[key]), entry.levels[key], key, may_be_blank=role.may_be_blank)
         for key, role in known.items()
     }
     return table.assign(**codes)
+
+
+def _stacks(column: pd.Series, name: str) -> npt.NDArray[np.int64]:
+    """Return a number for each sequence or group that the rows belong to."""
+    codes, _ = pd.factorize(column)
+    if (codes < 0).any():
+        raise InvalidInput(
+            f"column {name!r}, row {int((codes < 0).argmax()) + 1} holds no label, expected one in every row, to say "
+            "where the row belongs; fill it in, or leave that row out"
+        )
+    return codes
+
+
+def _labels(column: pd.Series) -> pd.Series:
+    """Return a column of labels with None for what is missing, whatever says so there."""
+    return column.astype(object).where(column.notna(), None)
 
 
 def _spelled_out(data: Any) -> pd.DataFrame:

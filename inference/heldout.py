@@ -132,6 +132,22 @@ def joined(entry: Entry, x: Tensor, new: Tensor) -> Tensor:
     return torch.cat([torch.nn.functional.pad(each, (0, 0, 0, steps - each.shape[1])) for each in (x, later)])
 
 
+def check_new_rows(entry: Entry, x: Tensor, new: Tensor, part: str) -> None:
+    """Refuse arranged rows that ``entry`` could not have been fitted to.
+
+    Raises
+    ------
+    InvalidInput
+        With what the entry says of them.
+    """
+    try:
+        # Together with those of the fit, since few rows alone may be too few for a fit.
+        entry.check_data(joined(entry, x, new), entry.options)
+    except InvalidInput as error:
+        count = entry.count(x)
+        raise InvalidInput(f"{part} rows, which stand after the {count} of the fit: {error}") from None
+
+
 def _evidence(entry: Entry, x: Tensor | None, new: Tensor) -> Evidence | None:
     if all(site.is_local for site in entry.latent_sites(new)):
         return log_evidence(entry, new)

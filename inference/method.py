@@ -22,7 +22,7 @@ from elbozoo.inference.devices import resolve_device
 from elbozoo.inference.em import EMOptions, run_em
 from elbozoo.inference.event_log import event_log
 from elbozoo.inference.fit import Fit, provenance
-from elbozoo.inference.heldout import ALONE, Companions, joined
+from elbozoo.inference.heldout import ALONE, Companions, check_new_rows
 from elbozoo.inference.monte_carlo_em import MonteCarloEMOptions, run_monte_carlo_em
 from elbozoo.inference.nuts import NUTSOptions, run_nuts
 from elbozoo.inference.objectives import resolve_objective
@@ -45,7 +45,7 @@ from elbozoo.models.contract.entry import (
 )
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.isolation import SEEDS, isolated
-from elbozoo.models.contract.options import Options
+from elbozoo.models.contract.options import Options, plain
 from elbozoo.models.contract.registry import get_entry
 from elbozoo.models.contract.sites import LatentSite
 
@@ -158,6 +158,7 @@ def plan(
     InvalidInput
         For anything unknown, out of range, or that does not fit together.
     """
+    options = plain(options)
     build, entry_options = _builder(model, x, options, names)
     rest = {k: v for k, v in options.items() if k not in entry_options.model_fields}
     _check_names(rest, entry_options)
@@ -348,11 +349,7 @@ def _check_companions(entry: Entry, x: Tensor, companions: Companions) -> None:
             raise InvalidInput(
                 f"{part}: found {table.shape[1]} columns, expected those of the fit: {', '.join(entry.table_names)}"
             )
-        try:
-            # Together with those of the fit, since few rows alone may be too few for a fit.
-            entry.check_data(joined(entry, x, new), entry.options)
-        except InvalidInput as error:
-            raise InvalidInput(f"{part} rows, which stand after the {len(x)} of the fit: {error}") from None
+        check_new_rows(entry, x, new, part)
 
 
 def _check_objective(plan: Plan) -> None:
@@ -375,7 +372,7 @@ def _run_guide(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -
     guide.to(device)
     before = time.perf_counter()
     moving = options.weighting if objective.moving_steps(options) else None
-    watch = validation_for(entry, guide, plan.companions.validation, options, seed)
+    watch = validation_for(entry, guide, plan.companions.validation, options, seed, objective.moving_steps(options))
     with event_log(records.tensorboard, moving) as log:
         batch = Batch.full(x.to(device))
         result = run_svi(
@@ -463,6 +460,7 @@ def _checkpoints(
     frozen = {name: value for name, value in entry.named_parameters() if not value.requires_grad}
     versions = provenance()
     identity = {
+        "version": {name: versions[name] for name in ("elbozoo", "torch", "pyro-ppl")},
         "model": entry.name() if program is None else f"{entry.name()} {program}",
         "method": plan.method,
         "seed": seed,
@@ -472,7 +470,6 @@ def _checkpoints(
         "data": {"shape": list(plan.x.shape), "sha256": fingerprint({"x": plan.x, **plan.companions.while_fitting()})},
         "fixed parameters": fingerprint(frozen) if frozen else None,
         "device": str(device),
-        "version": {name: versions[name] for name in ("elbozoo", "torch", "pyro-ppl")},
     }
     machine = {name: versions[name] for name in ("threads", "platform")}
     return Checkpoints(records.checkpoint, records.checkpoint_every, identity, machine)

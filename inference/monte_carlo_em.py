@@ -335,7 +335,7 @@ def run_monte_carlo_em(
                 _maximize(parts, draws, optimizer, options.gradient_steps)
                 trajectory.record(time.perf_counter() - before, objective)
                 report(iteration + 1, f"{kind.objective} {objective:.2f}")
-                plateaus.update(objective / batch.total)
+                plateaus.update(objective / entry.count(batch.x))
                 for log in logs:
                     log.record(trajectory, plateaus.learning_rate)
                 if checkpoints is not None:

@@ -25,6 +25,7 @@ from elbozoo.inference.fit import Fit
 from elbozoo.inference.ledger import check_bound
 from elbozoo.inference.method import SPECIAL, Plan, plan, warn_of_unread
 from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.options import plain
 from elbozoo.models.contract.sequences import StackedEntry
 
 WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -140,7 +141,7 @@ def run_rate_distortion(
         if fits[-1].interrupted:
             break
     data = {"name": name, "rows": x.shape[0], "columns": x.shape[1]}
-    return RateDistortion(fits[0].model, method, data, fits, pd.DataFrame(rows), dict(options))
+    return RateDistortion(fits[0].model, method, data, fits, pd.DataFrame(rows), plain(options))
 
 
 def _weights(weights: float | Iterable[float]) -> list[float]:
@@ -165,7 +166,10 @@ def _refusal(ready: Plan) -> str | None:
     if ready.method in SPECIAL:
         return "it has no β; name a guide, such as amortized"
     if ready.method.endswith("delta"):
-        return "a point mass has no density, and its rate is infinite; name a guide with one, such as amortized"
+        return (
+            "a point mass has no density, and its rate is infinite; name a guide with one, such as "
+            "amortized-diagonal-normal, for a model whose code has a proper prior"
+        )
     if isinstance(ready.entry, StackedEntry) or not all(site.is_local for site in sites):
         return "it needs latents that belong to one row each; use fit() with objective=beta"
     return None

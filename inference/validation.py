@@ -54,13 +54,19 @@ class Validation:
     seed : int
         Seed of the fit.
 
+    moving : int
+        Steps in which the objective itself changes.
+
     Attributes
     ----------
     points : list of Point
         The evaluations so far.
     """
 
-    def __init__(self, entry: Entry, guide: Guide, x: Tensor, options: TrainingOptions, seed: int) -> None:
+    def __init__(
+        self, entry: Entry, guide: Guide, x: Tensor, options: TrainingOptions, seed: int, moving: int = 0
+    ) -> None:
+        self.moving = moving
         self.entry, self.guide, self.x = entry, guide, x
         self.patience = options.patience
         self.every = options.validate_every or EVERY
@@ -74,13 +80,15 @@ class Validation:
         if steps % self.every:
             return False
         self._evaluate(steps)
-        return self.patience is not None and len(self.points) - 1 - self._best_at() >= self.patience
+        if self.patience is None or steps < self.moving:
+            return False
+        return len(self.points) - 1 - self._best_at() >= self.patience
 
     def finish(self, steps: int) -> list[str]:
         """Evaluate the last parameters, go back to the best ones if there is a patience, and say so in notes."""
         if not self.points or self.points[-1].step != steps:
             self._evaluate(steps)
-        if self.patience is None:
+        if self.patience is None or steps < self.moving:
             return []
         self._recall_best()
         best = self.points[self._best_at()]
@@ -120,8 +128,13 @@ class Validation:
             }
 
     def _best_at(self) -> int:
-        """Position of the best evaluation, the first of equals; a figure that is no number is never the best."""
-        values = [p.objective if math.isfinite(p.objective) else -math.inf for p in self.points]
+        """Position of the best evaluation, the first of equals; a figure that is no number is never the best.
+
+        While β moves, parameters were fitted to other objectives than the one asked for, and are no rivals.
+        """
+        values = [
+            p.objective if math.isfinite(p.objective) and p.step >= self.moving else -math.inf for p in self.points
+        ]
         return values.index(max(values))
 
     def _recall_best(self) -> None:
@@ -134,15 +147,18 @@ class Validation:
 
 
 def validation_for(
-    entry: Entry, guide: Guide, x: Tensor | None, options: TrainingOptions, seed: int
+    entry: Entry, guide: Guide, x: Tensor | None, options: TrainingOptions, seed: int, moving: int = 0
 ) -> Validation | None:
-    """Return what watches a fit by the table ``x`` of validation rows, or None if nobody asked for it."""
+    """Return what watches a fit by the table ``x`` of validation rows, or None if nobody asked for it.
+
+    In the first ``moving`` steps the objective itself changes, and no parameters are the best ones.
+    """
     if not _is_asked_for(options):
         return None
     assert x is not None
     like = next(guide.parameters(), next(entry.parameters(), x))
     arranged = entry.arrange(x, entry.options).to(device=like.device, dtype=entry.dtype)
-    return Validation(entry, guide, arranged, options, seed)
+    return Validation(entry, guide, arranged, options, seed, moving)
 
 
 def check_validation(guide: Guide, x: Tensor | None, options: TrainingOptions) -> None:

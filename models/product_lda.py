@@ -18,10 +18,13 @@ p(\theta) = \mathrm{softmax}\Bigl(\sum_k \theta_k \beta_k\Bigr) \propto \prod_k 
 \qquad\text{or}\qquad p(\theta) = \sum_k \theta_k\, \mathrm{softmax}(\beta_k)
 $$
 
-The prior is Laplace's approximation to a symmetric Dirichlet of concentration $\alpha$, not on the simplex, where it
-would have no mode for $\alpha \le 1$, but in the basis of the softmax (MacKay 1998). So everything is real, and a
-normal q can be reparameterised. Adding a number to all $z_k$ changes nothing: along that direction the posterior is the
-prior. No bias is needed: since the $\theta_k$ add up to one, it would be a part of every $\beta_k$.
+The prior is the diagonal of Laplace's approximation to a symmetric Dirichlet of concentration $\alpha$, as Srivastava &
+Sutton take it: not on the simplex, where it would have no mode for $\alpha \le 1$, but in the basis of the softmax
+(MacKay 1998). What the diagonal leaves out, covariances of $-1/(K\alpha)$, matters for few topics: in every direction
+that changes the $\theta_k$ the approximation's variance is $1/\alpha$ and this prior's $(1 - 1/K)/\alpha$, which is
+that of the concentration $\alpha K / (K - 1)$. So everything is real, and a normal q can be reparameterised. Adding a
+number to all $z_k$ changes nothing: along that direction the posterior is the prior. No bias is needed: since the
+$\theta_k$ add up to one, it would be a part of every $\beta_k$.
 
 What is measured is $p(x \mid T)$: the length $T_n$ of a document is not explained, and simulated documents have lengths
 drawn from a Poisson distribution about the mean of the data. The densities are those of the counts and keep the
@@ -125,13 +128,7 @@ class ProductLDA(Entry):
     def check_data(cls, x: Tensor, options: ProductLDAOptions) -> None:
         """Refuse what are no counts, empty documents, a single word, and more topics than documents."""
         rows, columns = x.shape
-        wrong = torch.nonzero(~((x >= 0) & (x == x.round()) & x.isfinite()))
-        if len(wrong):
-            row, column = wrong[0].tolist()
-            raise InvalidInput(
-                f"found the value {x[row, column].item():g} in column {column + 1}, row {row + 1} (counted from 1), "
-                "expected counts of words 0, 1, 2, ...; leave that column or row out"
-            )
+        refuse_no_counts(x)
         if columns < 2:
             raise InvalidInput("found one column, expected a column for each of two or more words; add columns")
         empty = torch.nonzero(x.sum(-1) == 0)
@@ -177,6 +174,7 @@ class ProductLDA(Entry):
 
     def forward(self, batch: Batch) -> Tensor:
         """z (B, K) ~ N(0, s² I); x (B, V) ~ Multinomial(T, p(softmax(z)))."""
+        refuse_no_counts(batch.x)
         zeros = self.word_logits.new_zeros(self.options.topics)
         with pyro.plate("data", batch.total, subsample=batch.index):
             z = pyro.sample("z", dist.Normal(zeros, self.prior_scale).to_event(1))
@@ -206,6 +204,7 @@ class ProductLDA(Entry):
 
         A matrix product: no tensor of shape (N, G, V) is needed.
         """
+        refuse_no_counts(x)
         return x @ self.log_words(z).mT + log_coefficient(x)[:, None]
 
     def topic_words(self) -> Tensor:
@@ -280,6 +279,23 @@ class WordCounts(dist.TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         return (value * self.log_words).sum(-1) + log_coefficient(value)
+
+
+def refuse_no_counts(x: Tensor) -> None:
+    """Refuse rows (N, V) that hold anything but counts.
+
+    Raises
+    ------
+    InvalidInput
+        With the first cell that is none.
+    """
+    wrong = torch.nonzero(~((x >= 0) & (x == x.round()) & x.isfinite()))
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise InvalidInput(
+            f"found the value {x[row, column].item():g} in column {column + 1}, row {row + 1} (counted from 1), "
+            "expected counts of words 0, 1, 2, ...; leave that column or row out"
+        )
 
 
 def log_coefficient(x: Tensor) -> Tensor:

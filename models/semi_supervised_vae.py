@@ -273,11 +273,12 @@ class SemiSupervisedVAE(Entry):
         InvalidInput
             For a class that the entry was not built for.
         """
-        codes = x[:, _label(self.options)].long()
-        if len(codes) and not int(codes.min()) >= UNLABELLED <= int(codes.max()) < self.classes:
-            wrong = codes[(codes < UNLABELLED) | (codes >= self.classes)][0]
+        labels = x[:, _label(self.options)]
+        codes = labels.long()
+        wrong = labels[(codes != labels) | (codes < UNLABELLED) | (codes >= self.classes)]
+        if len(wrong):
             raise InvalidInput(
-                f"found the label {int(wrong)}, expected 0 to {self.classes - 1}, the classes of the fit, or "
+                f"found the label {wrong[0].item():g}, expected 0 to {self.classes - 1}, the classes of the fit, or "
                 f"{UNLABELLED} for none; fit again with rows of all classes, or set classes"
             )
         return codes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from elbozoo.models.contract.errors import InvalidInput
 
 UNLABELLED = "-1"  # how a label that is missing is written in scikit-learn
+WHOLE = re.compile(r"(-?\d+)\.0+")  # a whole number as pandas writes it in a column with empty cells
 
 
 def spelled(value: Any) -> str:
@@ -19,7 +21,9 @@ def spelled(value: Any) -> str:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if is_number and value != value:
         return ""
-    return " ".join(str(int(value) if is_number and value == value // 1 else value).split())
+    text = " ".join(str(int(value) if is_number and value == value // 1 else value).split())
+    whole = WHOLE.fullmatch(text)
+    return whole.group(1) if whole else text
 
 
 def codes_among(labels: Iterable[Any], levels: Sequence[str], name: str, *, may_be_blank: bool) -> npt.NDArray[Any]:

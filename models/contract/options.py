@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -99,6 +100,11 @@ class Options(BaseModel):
             }
             for name, field in cls.model_fields.items()
         ]
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with NumPy's numbers as Python's, which can be written down."""
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
 
 
 def type_name(field: FieldInfo) -> str:

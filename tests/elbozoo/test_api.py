@@ -680,3 +680,36 @@ def test_the_identity_the_zoo_is_built_on(x: Tensor) -> None:
     np.testing.assert_allclose(best, closed_form.value, rtol=1e-12)
     assert (table["elbo"] < table["log_evidence"] + 1e-9).all()
     assert re.fullmatch("exact", closed_form.kind)
+
+
+# ---- what reaches a fit as it was meant ------------------------------------------------------------------------------
+
+
+def test_numpys_numbers_are_options_and_can_be_saved(tmp_path: Path) -> None:
+    x = ez.load_data("iris").x[:20]
+    comparison = ez.compare("ppca", x, methods=["em"], seeds=1, latent_dim=np.int64(1), out=tmp_path, progress=False)
+    assert comparison.options == {"latent_dim": 1} and type(comparison.options["latent_dim"]) is int
+    assert ez.load_comparison(tmp_path).options == {"latent_dim": 1}
+
+
+def test_the_shape_of_images_comes_with_the_data() -> None:
+    """Four channels of 6 x 6 are no 12 x 12; an image_shape that is given goes first."""
+    images = (np.random.default_rng(0).random((12, 4, 6, 6)) > 0.5).astype(float)
+    options = {"architecture": "conv", "latent_dim": 1, "hidden": 4, "channels": 2, "steps": 2, "progress": False}
+    fit = ez.fit("vae", images, guide="amortized", **options)
+    assert str(fit.entry.image_shape) == "4x6x6"
+    assert str(ez.fit("vae", images, guide="amortized", image_shape="12x12", **options).entry.image_shape) == "12x12"
+
+
+def test_an_array_of_another_width_is_no_test_data() -> None:
+    x = np.random.default_rng(0).normal(size=(30, 6))
+    with pytest.raises(ez.InvalidInput, match="test"):
+        ez.fit("ppca", x, method="em", test=np.c_[x, x], progress=False)
+    assert ez.fit("ppca", x, method="em", test=x[:5], iterations=3, progress=False).heldout()["heldout_rows"] == 5
+
+
+def test_no_share_is_no_split(tmp_path: Path) -> None:
+    """A share of nothing, with a report of it."""
+    comparison = ez.compare("ppca", "iris", methods=["em"], seeds=1, iterations=3, validation=0.0, progress=False)
+    comparison.report(tmp_path / "r.html")
+    assert "--validation" not in (tmp_path / "r.html").read_text()

@@ -249,3 +249,12 @@ def test_archives_are_told_by_their_content(npz: Any, tmp_path: Path) -> None:
         np.save(file, ROWS)
     assert load_data(tmp_path / "data.npz").x.tolist() == ROWS.tolist()
     refused(tmp_path / "data.npz", "found key='x' for a single array; expected it for several", key="x")
+
+
+@pytest.mark.parametrize("kind", ["bool", "uint8", "int64", "float64"])
+def test_zeros_and_ones_stay_what_they_are_under_a_threshold(kind: str) -> None:
+    """Bytes of zeros and ones are no shades of 255; bytes of shades are."""
+    pixels = np.random.default_rng(0).random((10, 6)) > 0.5
+    assert (load_data(pixels.astype(kind), binarise="threshold").x.numpy() == pixels).all()
+    shades = np.array([[0, 100, 200], [255, 127, 128]], dtype="uint8")
+    assert load_data(shades, binarise="threshold").x.tolist() == [[0, 0, 1], [1, 0, 1]]

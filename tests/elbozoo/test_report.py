@@ -430,3 +430,18 @@ def test_every_figure_of_the_document_stands_in_the_page(ppca: Comparison, html:
                 assert plots.number(value, 4) in text
             elif isinstance(value, str | int) and not isinstance(value, bool):
                 assert str(value) in text
+
+
+def test_the_model_of_all_ways_to_q_is_learned_again(tmp_path: Path) -> None:
+    """The methods as they were asked for, since each alone would learn a model of its own."""
+    options = {"steps": 5, "iterations": 3, "latent_dim": 1, "refinements": 1}
+    comparison = run_comparison("linear-vae", IRIS.x, ["all"], 1, options, name="iris", progress=False)
+    _, code = report.reproduction(comparison)
+    assert "--methods all " in code and "shared" not in code
+    assert all("θ was learned by em, which did not converge" in fit.notes for fit in comparison.fits)
+
+
+def test_rows_that_were_picked_have_no_command(ppca: Comparison) -> None:
+    fewer = replace(ppca, data={**ppca.data, "rows": 100})
+    words, code = report.reproduction(fewer)
+    assert "Of the rows of iris, 100 were picked" in " ".join(words) and "ez.compare('ppca', x," in code

@@ -18,9 +18,9 @@ from scipy import stats
 import elbozoo as ez
 from elbozoo import report
 from elbozoo.cli import main
-from elbozoo.tables import Dataset, Split
 from elbozoo.inference.comparison import HELDOUT, ROW, TABLE_ONLY
 from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.tables import Dataset, Split
 
 pytestmark = pytest.mark.xdist_group("splits")
 

@@ -47,6 +47,18 @@ def test_an_unknown_label_is_refused(fit):
         fit.elbo(table().assign(kind="z"))
 
 
+def test_a_column_of_numbers_with_empty_cells_reads_as_it_was_written(tmp_path):
+    """A CSV file of a float column, where -1 and an empty cell say that there is no label, and "007" is not 7."""
+    frame = pd.DataFrame({"a": np.arange(6.0), "y": [0.0, 1.0, -1.0, np.nan, 1.0, 0.0]})
+    frame.to_csv(tmp_path / "f.csv", index=False)
+    for source in (frame, tmp_path / "f.csv"):
+        data = ez.load_data(source, keys=["y"], missing_labels=True)
+        assert data.levels == {"y": ["0", "1"]}
+        np.testing.assert_array_equal(data.x[:, 1], [0, 1, np.nan, np.nan, 1, 0])
+    (tmp_path / "g.csv").write_text("a,y\n1,007\n2,7\n3,7\n")
+    assert ez.load_data(tmp_path / "g.csv", keys=["y"]).levels == {"y": ["007", "7"]}
+
+
 def test_a_label_is_what_it_spells():
     """Numbers and text alike; a blank one is NaN where that is allowed, and unknown where not."""
     assert [spelled(value) for value in (1, 1.0, "1", " a  b ", float("nan"), True)] == [

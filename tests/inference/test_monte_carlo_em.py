@@ -353,7 +353,7 @@ def test_parts_of_the_data_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def gradient(limit: int) -> tuple[int, Tensor]:
         monkeypatch.setattr(monte_carlo_em, "CHUNK_ELEMENTS", limit)
-        batches = monte_carlo_em._parts(Batch.full(x), MonteCarloEMOptions(chains=3))
+        batches = monte_carlo_em._parts(entry, Batch.full(x), MonteCarloEMOptions(chains=3))
         parts, draws, start = [], [], 0
         for batch in batches:
             stop = start + len(batch.x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,14 @@ def test_a_global_latent_has_no_q_for_other_rows() -> None:
 def test_methods_without_steps_do_not_read_patience(caplog: pytest.LogCaptureFixture) -> None:
     ez.fit("ppca", wine(0, 40), method="em", validation=0.3, patience=2, latent_dim=1, progress=False)
     assert caplog.messages == ["option 'patience' is not read by em"]
+
+
+def test_parameters_of_a_moving_objective_are_no_rivals() -> None:
+    """While β rises from 0 the ELBO may fall, and patience waits until β is at rest; with β at rest it does not."""
+    rising = {"objective": "beta", "kl_weight": 20.0, "kl_schedule": "annealed", "kl_steps": 200, "steps": 260}
+    options = {"latent_dim": 1, "hidden": 4, "patience": 2, "validate_every": 10, "progress": False}
+    fit = ez.fit("vae", digits(0, 60), guide="amortized", validation=digits(60, 90), **options, **rising)
+    best = int(re.search(r"after (\d+) of", " ".join(fit.notes)).group(1))
+    assert best >= 200
+    # The best of all evaluations came while β was on its way.
+    assert fit.validation["objective"].idxmax() < 200 // 10

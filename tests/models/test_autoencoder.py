@@ -425,7 +425,7 @@ def test_minibatches_and_full_batches_have_one_objective() -> None:
     [
         ({}, r"likelihood=bernoulli: found 0.5 in column 2, row 1 .* set likelihood=normal"),
         ({"latent_dim": 0}, "option latent_dim: found 0, expected int >= 1"),
-        ({"decoder": "conv"}, "option decoder: found 'conv', expected mlp | linear"),
+        ({"decoder": "conv"}, r"option decoder: found 'conv', expected mlp \| linear"),
         ({"code": 3}, "unknown option 'code'"),
     ],
 )

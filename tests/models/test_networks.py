@@ -72,9 +72,7 @@ def test_networks_keep_leading_dimensions_and_treat_images_apart(shape: tuple[in
 
 
 def test_doubling_starts_at_the_scale_of_a_dense_layer() -> None:
-    """Of inputs with unit variance each inner output has variance 1/3, as after ``nn.Linear``.
-
-    @@"""
+    """Of inputs with unit variance each inner output has variance 1/3, as after ``nn.Linear``."""
     torch.manual_seed(0)
 
     def variance(make: type[nn.ConvTranspose2d] | type[Doubling]) -> float:
