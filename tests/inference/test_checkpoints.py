@@ -99,6 +99,14 @@ def difference(one: Fit, other: Fit) -> str | None:
     return None if one.converged == other.converged else "converged"
 
 
+@pytest.fixture(autouse=True)
+def control_c() -> Iterator[None]:
+    """Control-C as in a terminal: a process that a shell runs in the background ignores it."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
 @contextmanager
 def signals(step: int, count: int = 1) -> Iterator[None]:
     """Press Control-C, ``count`` times, in the middle of the step that is the last of ``step`` steps."""

@@ -112,8 +112,8 @@ def decoder_integral(entry: VAE, x: Tensor, **options: float) -> Quadrature:
         return entry.log_likelihood(x[index], z) + Normal(0.0, 1.0).log_prob(z).sum(-1)
 
     def rowwise(index: Tensor, z: Tensor) -> Tensor:
-        columns = entry._columns_given(z).log_prob(x[index, None])
-        return columns.sum(-1) + Normal(0.0, 1.0).log_prob(z).sum(-1)
+        rows = entry.likelihood.distribution(entry.decoder(z)).log_prob(x[index, None])
+        return rows + Normal(0.0, 1.0).log_prob(z).sum(-1)
 
     dim = entry.options.latent_dim
     zeros = torch.zeros(dim, dtype=torch.float64)
