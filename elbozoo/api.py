@@ -11,6 +11,7 @@ import pandas as pd
 
 from elbozoo.comparison import Comparison, from_results
 from elbozoo.data import Dataset, list_datasets, load_data
+from elbozoo.files import TABLE_SUFFIXES
 from elbozoo.guides import registry as guides
 from elbozoo.inference.checkpoints import EVERY
 from elbozoo.inference.comparison import run_comparison
@@ -358,7 +359,12 @@ def _load(
     if cls is None:
         return load_data(data, columns), options
     parsed, roles = cls.Options.parse(_options_of(cls, options)), cls.Options.column_roles()
-    given = {option: column for option, column in parsed.columns_named().items() if option in options}
+    # In a table with names the labels may be text, and where no option says which column has them it is the default.
+    given = {
+        option: column
+        for option, column in parsed.columns_named().items()
+        if option in options or (roles[option].is_key and _is_table(data))
+    }
     keys = {option: column for option, column in given.items() if roles[option].is_key}
     named = [c for c in given.values() if isinstance(c, str) and not is_position(c) and c not in keys.values()]
     if columns is not None:
@@ -379,6 +385,13 @@ def _load(
     if is_conv and rows.image_shape is not None and options.get("image_shape") is None:
         options["image_shape"] = "x".join(map(str, rows.image_shape))
     return rows, options
+
+
+def _is_table(data: Any) -> bool:
+    """Whether data are a frame or a file with a header."""
+    if isinstance(data, str | os.PathLike):
+        return Path(data).suffix.lower() in TABLE_SUFFIXES
+    return isinstance(data, pd.DataFrame)
 
 
 def _entry_class(model: Model) -> type[Entry] | None:

@@ -7,6 +7,7 @@ or data, 1 otherwise. Heavy libraries are imported inside the commands, so that 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -260,6 +261,8 @@ def fit_command(
         _print_json(result.document())
         return
     figures = result.table.iloc[0]
+    if math.isnan(figures["denoising_elbo"]):  # of few models, and no part of every page
+        figures = figures.drop(["denoising_elbo", "denoising_elbo_se"])
     rows = [[name, _cell(value)] for name, value in figures.items()]
     if not figures["is_bound"]:
         rows = [[name, NOT_A_BOUND if name in ("elbo", "heldout_elbo") else cell] for name, cell in rows]

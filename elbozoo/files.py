@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 PARQUET_SUFFIXES = {".parquet", ".pq"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
-FILE_SUFFIXES = PARQUET_SUFFIXES | ARRAY_SUFFIXES | {".csv", ".tsv", ".txt"}
+TABLE_SUFFIXES = PARQUET_SUFFIXES | {".csv", ".tsv", ".txt"}
+FILE_SUFFIXES = TABLE_SUFFIXES | ARRAY_SUFFIXES
 ROW_KEYS = ("x", "X", "images", "data", "arr_0")
 LABEL_KEYS = ("y", "labels")
 SEPARATORS = (",", ";", "\t")

@@ -27,7 +27,7 @@ from elbozoo.inference.fit import Fit
 from elbozoo.inference.method import default_guide, default_methods, resolve_method
 from elbozoo.models.contract.entry import Entry, HasPosterior, SupportsEM
 from elbozoo.models.contract.registry import get_entry
-from elbozoo.models.contract.sequences import SequenceEntry, StackedEntry
+from elbozoo.models.contract.sequences import SequenceEntry
 from elbozoo.notebook import Code, Text, check_destination, execute, write_page
 from elbozoo.pages import PageParts, attributes_table, code_block, options_table, page_parts
 from elbozoo.plots import number
@@ -131,7 +131,8 @@ class Subject:
             return {}
         if isinstance(self.entry, SupportsEM):
             return EM_SETTINGS
-        return {"iterations": STEPS // (40 if isinstance(self.entry, StackedEntry) else 10)}
+        # A step of Monte Carlo EM costs more where there are several latents.
+        return {"iterations": STEPS // (10 if len(self.entry.latent_sites()) == 1 else 40)}
 
     def _learning_rate(self) -> float:
         """Return the step size that gets far in so few steps: small for networks, large for a single q."""

@@ -713,3 +713,14 @@ def test_no_share_is_no_split(tmp_path: Path) -> None:
     comparison = ez.compare("ppca", "iris", methods=["em"], seeds=1, iterations=3, validation=0.0, progress=False)
     comparison.report(tmp_path / "r.html")
     assert "--validation" not in (tmp_path / "r.html").read_text()
+
+
+def test_labels_in_the_last_column_need_no_option(tmp_path: Path) -> None:
+    """Where an entry takes the last column for the class, text will do there, in a frame and in a file."""
+    frame = pd.DataFrame({"a": [0, 1, 0, 1, 1, 0], "b": [1, 1, 0, 0, 1, 0], "kind": ["x", "y", "x", "y", "x", "y"]})
+    frame.to_csv(tmp_path / "kinds.csv", index=False)
+    options = {"latent_dim": 1, "hidden": 2, "steps": 2, "progress": False}
+    for data in (frame, tmp_path / "kinds.csv"):
+        fit = ez.fit("conditional-vae", data, guide="amortized", **options)
+        assert fit.entry.levels == {"kind": ["x", "y"]} and fit.entry.table_names == ("a", "b", "kind")
+        assert fit.options["condition"] == "kind"
