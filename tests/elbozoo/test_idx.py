@@ -200,7 +200,7 @@ def test_data_sets_of_equal_file_names_are_told_apart_by_their_folders(folder: W
 def test_what_is_missing_is_named_with_where_to_put_it(folder: Write, tmp_path: Path) -> None:
     refused(
         r"data set 'mnist': found no root; expected the folder with your files train-images-idx3-ubyte and "
-        r"train-labels-idx1-ubyte, plain or ending in .gz; give root=DIR or --root DIR"
+        r"train-labels-idx1-ubyte, plain or ending in .gz; give load_data\('mnist', root=DIR\) or --root DIR"
     )
     missing = r"data set 'mnist': found no file train-labels-idx1-ubyte in '.*' or '.*MNIST/raw'; expected .* put them"
     root = folder({"train-images-idx3-ubyte": idx(IMAGES)})

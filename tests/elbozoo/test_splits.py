@@ -294,7 +294,7 @@ def test_rows_that_do_not_fit_are_refused_before_the_work() -> None:
     match = r"test rows, which stand after the 30 of the fit: .*found [23] in column 1, row 31"
     with pytest.raises(InvalidInput, match=match):
         ez.fit("vae", bits[:30], test=bits[30:34] + 2, **options)
-    with pytest.raises(InvalidInput, match="unknown column of tensor 'x3'"):
+    with pytest.raises(InvalidInput, match="test: found 3 columns, expected those of the fit"):
         ez.fit("vae", bits[:30], test=bits[30:34, :3], **options)
     with pytest.raises(InvalidInput, match=r"found no file 'no\.csv'"):
         ez.fit("vae", bits[:30], validation="no.csv", **options)
