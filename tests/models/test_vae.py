@@ -375,7 +375,7 @@ def test_rows_with_other_levels_are_refused_after_the_fit() -> None:
             other = x.clone()
             other[4, 2] = value
             with pytest.raises(
-                InvalidInput, match=r"found .* in column 3, row 5 .*whole numbers from 0 to 2"
+                InvalidInput, match=r"found .* in column 3, row 11 .*whole numbers from 0 to 2"
             ) as caught:
                 ask(other)
             assert "\n" not in str(caught.value)
