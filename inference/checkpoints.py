@@ -160,8 +160,16 @@ class Checkpoints:
             raise KeyboardInterrupt
 
     def end(self, steps: int, *, converged: bool) -> None:
-        """Write the last checkpoint of a fit that has ended, from which it comes back without a step."""
+        """Write the last checkpoint of a fit that has ended, from which it comes back without a step.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            If the user asked to stop during the last step: whatever would come next does not.
+        """
         self._write(Standing(steps, converged))
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def _write(self, standing: Standing) -> None:
         memories = {name: part.memory() for name, part in self._parts.items()}

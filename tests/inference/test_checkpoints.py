@@ -282,6 +282,15 @@ def test_control_c_ends_the_step_and_writes_a_checkpoint(kind: str, tmp_path: Pa
     assert difference(run(kind, tmp_path), whole) is None
 
 
+def test_control_c_in_the_last_step_is_not_lost(tmp_path: Path) -> None:
+    """The fit says that it was interrupted, so that a comparison goes no further, and comes back as it ended."""
+    whole = undisturbed("full batch")
+    with signals(len(whole.trajectory)):
+        assert run("full batch", tmp_path).interrupted
+    again = run("full batch", tmp_path)
+    assert not again.interrupted and difference(again, whole) is None
+
+
 def test_a_second_control_c_does_not_wait(tmp_path: Path) -> None:
     """In the middle of a step there is nothing to go on from, so the checkpoint before is the one that counts."""
     with signals(17, count=2):
