@@ -23,7 +23,23 @@ from elbozoo.models.contract.sequences import observations, steps_mask
 from elbozoo.models.contract.sites import DATA_PLATE, LatentSite
 
 
-class GroupGuide(Guide):
+class OfMembers(Guide):
+    """Base of guides that give a q to each group and one to each of its rows, independent of each other."""
+
+    def members(self, batch: Batch) -> dict[str, Distribution]:
+        """q of each group, batch shape (B,), and of each row, (B, T), those at padding without a meaning."""
+        raise NotImplementedError(f"{type(self).__name__} gives no q to members; define members(batch)")
+
+    def distributions(self, batch: Batch) -> dict[str, Distribution]:
+        """q of each site: batch shape (B,); padded rows count for nothing."""
+        return masked(self.members(batch), batch)
+
+    def means(self, batch: Batch) -> Tensor:
+        """Mean of q of its group, then of its own, for each row: (B, T, Ku + Kv)."""
+        return by_member(self.members(batch))
+
+
+class GroupGuide(OfMembers):
     """q of each group: a member of one family for the group and one for each of its rows, with parameters of their own.
 
     Mean-field variational inference on groups: all are independent of one another.
@@ -61,21 +77,13 @@ class GroupGuide(Guide):
             ROW_SITE: self.of_row.distribution(self.rows(batch)),
         }
 
-    def distributions(self, batch: Batch) -> dict[str, Distribution]:
-        """q of each site: batch shape (B,); padded rows count for nothing."""
-        return masked(self.members(batch), batch)
-
-    def means(self, batch: Batch) -> Tensor:
-        """Mean of q of its group, then of its own, for each row: (B, T, Ku + Kv)."""
-        return by_member(self.members(batch))
-
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Sample both sites inside the data plate."""
         with pyro.plate(DATA_PLATE, batch.total, subsample=batch.index):
             return {name: pyro.sample(name, q) for name, q in self.distributions(batch).items()}
 
 
-class ProductOfNormals(WholeGuide):
+class ProductOfNormals(OfMembers, WholeGuide):
     """q(u given all rows of a group) as a product of normals, one read off each row, and q(v_n given x_n) beside it.
 
     One encoder gives each row four things: mean and scale of a normal over u, and of one over v. The precisions of the
@@ -114,14 +122,6 @@ class ProductOfNormals(WholeGuide):
     def conditionals(self, batch: Batch) -> Mapping[str, Distribution]:
         """q of each site: batch shape (B,); the second does not look at the first."""
         return self.distributions(batch)
-
-    def distributions(self, batch: Batch) -> dict[str, Distribution]:
-        """q of each site: batch shape (B,); padded rows count for nothing."""
-        return masked(self.members(batch), batch)
-
-    def means(self, batch: Batch) -> Tensor:
-        """Mean of q of its group, then of its own, for each row: (B, T, Ku + Kv)."""
-        return by_member(self.members(batch))
 
 
 class ProductOfNormalsAndPrior(ProductOfNormals):

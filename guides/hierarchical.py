@@ -1,15 +1,6 @@
-r"""Inference through layers of latents: from the bottom up by draws, or up by numbers alone and down by draws.
+"""Inference through layers of latents: from the bottom up by draws, or up by numbers alone and down by draws.
 
-References
-----------
-```bibtex
-@inproceedings{sonderby2016ladder,
-  author = {S{\o}nderby, Casper Kaae and Raiko, Tapani and Maal{\o}e, Lars and S{\o}nderby, S{\o}ren Kaae
-    and Winther, Ole},
-  title = {Ladder Variational Autoencoders},
-  booktitle = {Advances in Neural Information Processing Systems}, volume = {29}, year = {2016}
-}
-```
+References stand under :mod:`elbozoo.models.hierarchical_vae`.
 """
 
 from __future__ import annotations

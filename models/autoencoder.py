@@ -64,7 +64,6 @@ References
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import pyro
@@ -74,7 +73,7 @@ from torch import Tensor, nn
 
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry
-from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, multilayer, refuse_rows
+from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, draw_weights, multilayer, refuse_rows
 from elbozoo.models.contract.options import Field
 
 NO_DENSITY = "the prior of its code is flat, so that p(x) does not exist and a q with a density has nothing to bound"
@@ -127,16 +126,7 @@ class Autoencoder(Entry):
 
     def randomize(self) -> None:
         """Draw weights large enough that the rows show their codes; the noise has a quarter of their scale."""
-        *hidden, last = self._linear_layers()
-        gain = 6.0 if self.likelihood.is_binary else 1.5
-        with torch.no_grad():
-            for layer in hidden:
-                layer.weight.normal_().mul_(1.5 / math.sqrt(layer.in_features))
-                layer.bias.normal_()
-            last.weight.normal_().mul_(gain / math.sqrt(last.in_features))
-            last.bias.zero_()
-            if not self.likelihood.is_binary:
-                self.likelihood.set_noise_scale(0.25)
+        draw_weights(self._linear_layers(), self.likelihood)
 
     def guide_refusal(self, family: str, source: str) -> str | None:
         """Refuse what needs a prior, and what reads nothing off the rows."""

@@ -39,7 +39,6 @@ References
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -49,9 +48,10 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.classes import beside, count_classes, refuse_classes
 from elbozoo.models.contract.entry import Entry, default_names
 from elbozoo.models.contract.errors import InvalidInput
-from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, multilayer, refuse_rows
+from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, draw_weights, multilayer, refuse_rows
 from elbozoo.models.contract.options import Field, KeyColumn
 
 EXAMPLE_CLASSES = 3
@@ -96,33 +96,15 @@ class ConditionalVAE(Entry):
         """Build the entry as every other, with as many classes as the condition has, unless they are given."""
         parsed = cls.Options.parse(options).at_positions(default_names(x.shape[1]) if names is None else names)
         if parsed.classes is None:
-            largest = x[:, _condition(parsed)].max()
-            options["classes"] = max(1, int(largest) + 1) if largest.isfinite() and largest < len(x) else len(x)
+            options["classes"] = count_classes(x[:, _condition(parsed)])
         return super().from_data(x, seed=seed, names=names, **options)
 
     @classmethod
     def check_data(cls, x: Tensor, options: ConditionalVAEOptions) -> None:
         """Refuse a condition that is no class, more latent dimensions than rows or columns, and wrong cells."""
-        rows, columns = x.shape
-        if columns < 2:
-            raise InvalidInput("found no column beside the condition, expected at least one to explain: add columns")
         classes = options.classes or EXAMPLE_CLASSES
-        condition = _condition(options)
-        codes = x[:, condition]
-        wrong = codes[(codes != codes.floor()) | (codes < 0) | (codes >= classes)]
-        if len(wrong):
-            raise InvalidInput(
-                f"option condition: found {wrong[0].item():g} in column {condition % columns + 1} (counted "
-                f"from 1), expected classes as whole numbers from 0 to {classes - 1}; name the column, as in "
-                "--set condition=COLUMN, to have its labels numbered"
-            )
-        if options.latent_dim > min(rows - 1, columns - 1):
-            raise InvalidInput(
-                f"option latent_dim: found {options.latent_dim} for {rows} rows x {columns - 1} columns beside the "
-                f"condition, expected at most {min(rows - 1, columns - 1)}: data of fewer columns or rows fill no more "
-                "dimensions"
-            )
-        refuse_rows(x, _explained(options, columns), is_binary=options.likelihood == "bernoulli")
+        refuse_classes(x, _condition(options), "condition", classes, options.latent_dim)
+        refuse_rows(x, _explained(options, x.shape[1]), is_binary=options.likelihood == "bernoulli")
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
         """Start with fresh random weights about the columns' means over all classes."""
@@ -132,15 +114,7 @@ class ConditionalVAE(Entry):
 
     def randomize(self) -> None:
         """Draw weights large enough that rows show both latent and class; the noise has a quarter of their scale."""
-        first, last = self._linear_layers()
-        gain = 6.0 if self.likelihood.is_binary else 1.5
-        with torch.no_grad():
-            first.weight.normal_().mul_(1.5 / math.sqrt(self.options.latent_dim))
-            first.bias.normal_()
-            last.weight.normal_().mul_(gain / math.sqrt(self.options.hidden))
-            last.bias.zero_()
-            if not self.likelihood.is_binary:
-                self.likelihood.set_noise_scale(0.25)
+        draw_weights(self._linear_layers(), self.likelihood, inputs=self.options.latent_dim)
 
     def template(self, n: int) -> Tensor:
         """Rows (n, columns) with a class drawn at random, and zeros for what is explained."""
@@ -221,4 +195,4 @@ def _condition(options: ConditionalVAEOptions) -> int:
 
 def _explained(options: ConditionalVAEOptions, columns: int) -> list[int]:
     """Positions of the columns beside the condition."""
-    return [column for column in range(columns) if column != _condition(options) % columns]
+    return beside(_condition(options), columns)

@@ -47,7 +47,6 @@ References
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -61,7 +60,7 @@ from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.groups import GROUP_SITE, ROW_SITE, GroupEntry, GroupOptions, in_table
 from elbozoo.models.contract.joint import Joint, Values
-from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, multilayer, refuse_rows
+from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, draw_weights, multilayer, refuse_rows
 from elbozoo.models.contract.options import Field
 from elbozoo.models.contract.sequences import observations, steps_mask
 from elbozoo.models.numerics import grouped_gaussian
@@ -129,15 +128,8 @@ class MultiLevelVAE(GroupEntry):
 
     def randomize(self) -> None:
         """Draw weights large enough that rows show both latents; the noise has a quarter of their scale."""
-        first, last = self._linear_layers()[0], self._linear_layers()[-1]
-        gain = 4.0 if self.likelihood.is_binary else 1.5
-        with torch.no_grad():
-            first.weight.normal_().mul_(1.5 / math.sqrt(first.in_features))
-            first.bias.normal_()
-            last.weight.normal_().mul_(gain / math.sqrt(last.in_features))
-            last.bias.zero_()
-            if not self.likelihood.is_binary:
-                self.likelihood.set_noise_scale(0.25)
+        layers = self._linear_layers()
+        draw_weights([layers[0], layers[-1]], self.likelihood, binary_gain=4.0)
 
     def forward(self, batch: Batch) -> Tensor:
         """u (B, Ku) ~ N(0, I), v (B, T, Kv) ~ N(0, I); x (B, T, D) ~ the likelihood at decoder(u, v)."""

@@ -66,9 +66,10 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.classes import beside, count_classes, refuse_classes
 from elbozoo.models.contract.entry import Entry, default_names
 from elbozoo.models.contract.errors import InvalidInput
-from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, multilayer, refuse_rows
+from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, draw_weights, multilayer, refuse_rows
 from elbozoo.models.contract.options import Field, LabelColumn
 
 logger = logging.getLogger(__name__)
@@ -137,8 +138,7 @@ class SemiSupervisedVAE(Entry):
                 "would have; set classes"
             )
         if parsed.classes is None:
-            largest = codes.max()
-            options["classes"] = max(1, int(largest) + 1) if largest.isfinite() and largest < len(x) else len(x)
+            options["classes"] = count_classes(codes)
         if is_unlabelled:
             logger.warning("%s: no row has a label, so that classes are clusters, in no order", cls.name())
         return super().from_data(x, seed=seed, names=names, **options)
@@ -167,26 +167,9 @@ class SemiSupervisedVAE(Entry):
     @classmethod
     def check_data(cls, x: Tensor, options: SemiSupervisedVAEOptions) -> None:
         """Refuse labels that are no class, more latent dimensions than rows or columns, and wrong cells."""
-        rows, columns = x.shape
-        if columns < 2:
-            raise InvalidInput("found no column beside the label, expected at least one to explain: add columns")
         classes = options.classes or EXAMPLE_CLASSES
-        label = _label(options)
-        codes = x[:, label]
-        wrong = codes[(codes != codes.floor()) | (codes < UNLABELLED) | (codes >= classes)]
-        if len(wrong):
-            raise InvalidInput(
-                f"option label: found {wrong[0].item():g} in column {label % columns + 1} (counted from 1), expected "
-                f"classes as whole numbers from 0 to {classes - 1}, or {UNLABELLED} for none; name the column, as in "
-                "--set label=COLUMN, to have its labels numbered"
-            )
-        if options.latent_dim > min(rows - 1, columns - 1):
-            raise InvalidInput(
-                f"option latent_dim: found {options.latent_dim} for {rows} rows x {columns - 1} columns beside the "
-                f"label, expected at most {min(rows - 1, columns - 1)}: data of fewer columns or rows fill no more "
-                "dimensions"
-            )
-        refuse_rows(x, _explained(options, columns), is_binary=options.likelihood == "bernoulli")
+        refuse_classes(x, _label(options), "label", classes, options.latent_dim, blank=UNLABELLED)
+        refuse_rows(x, _explained(options, x.shape[1]), is_binary=options.likelihood == "bernoulli")
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
         """Start with fresh random weights about the columns' means, and π at the labels' counts plus one each."""
@@ -200,16 +183,9 @@ class SemiSupervisedVAE(Entry):
 
     def randomize(self) -> None:
         """Draw weights large enough that rows show both latent and class; the noise has a quarter of their scale."""
-        first, last = self._linear_layers()
-        gain = 6.0 if self.likelihood.is_binary else 1.5
         with torch.no_grad():
             self.class_logits.normal_().mul_(0.5)
-            first.weight.normal_().mul_(1.5 / math.sqrt(self.options.latent_dim))
-            first.bias.normal_()
-            last.weight.normal_().mul_(gain / math.sqrt(self.options.hidden))
-            last.bias.zero_()
-            if not self.likelihood.is_binary:
-                self.likelihood.set_noise_scale(0.25)
+        draw_weights(self._linear_layers(), self.likelihood, inputs=self.options.latent_dim)
 
     def template(self, n: int) -> Tensor:
         """Rows (n, columns) of zeros, every other one of them on average with a label drawn from π."""
@@ -334,4 +310,4 @@ def _label(options: SemiSupervisedVAEOptions) -> int:
 
 def _explained(options: SemiSupervisedVAEOptions, columns: int) -> list[int]:
     """Positions of the columns beside the label."""
-    return [column for column in range(columns) if column != _label(options) % columns]
+    return beside(_label(options), columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -225,6 +226,34 @@ def refuse_levels(x: Tensor, levels: int) -> None:
         f"likelihood=categorical: found {value:g} in column {column + 1}, row {row + 1} (counted from 1), expected "
         f"whole numbers from 0 to {levels - 1}; {advice}"
     )
+
+
+def draw_weights(
+    layers: Sequence[nn.Linear], likelihood: RowLikelihood, *, binary_gain: float = 6.0, inputs: int | None = None
+) -> None:
+    """Draw weights with which rows show their latents; the noise, where there is one, has a quarter of their scale.
+
+    Parameters
+    ----------
+    layers : sequence of nn.Linear
+        From the latents to the columns.
+    likelihood : RowLikelihood
+        p(x given the output).
+    binary_gain : float
+        Scale of the logits of zeros and ones; that of numbers is 1.5 of their units.
+    inputs : int, optional
+        Number of inputs of the first layer that vary, all of them by default.
+    """
+    *hidden, last = layers
+    with torch.no_grad():
+        for layer in hidden:
+            layer.weight.normal_().mul_(1.5 / math.sqrt(inputs or layer.in_features))
+            layer.bias.normal_()
+        gain = binary_gain if likelihood.is_binary else 1.5
+        last.weight.normal_().mul_(gain / math.sqrt(last.in_features))
+        last.bias.zero_()
+        if not likelihood.is_binary:
+            likelihood.set_noise_scale(0.25)
 
 
 def refuse_rows(x: Tensor, columns: list[int], *, is_binary: bool) -> None:
