@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from pyro import distributions as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
 from elbozoo.guides.base import GuideOptions, mean_of
@@ -15,6 +15,7 @@ from elbozoo.guides.families import Categorical, DiagonalNormal
 from elbozoo.guides.sources import Amortized, encoder
 from elbozoo.guides.whole import WholeGuide
 from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.classes import unit_vectors
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.joint import Conditional, Values
 from elbozoo.models.contract.sites import LatentSite
@@ -101,7 +102,7 @@ class LabelThenLatentGuide(WholeGuide):
         """Probabilities of the classes, one and zeros where the label is known, then the mean of z: (B, C + K)."""
         probabilities = self.class_log_probabilities(batch).exp()
         labels = self._entry[0].codes(batch.x)
-        known = nn.functional.one_hot(labels.clamp(min=0), self.label.size).to(probabilities.dtype)
+        known = unit_vectors(labels, self.label.size, probabilities.dtype)
         probabilities = torch.where((labels >= 0)[:, None], known, probabilities)
         values = torch.arange(self.label.size, device=batch.x.device)[:, None].expand(-1, len(batch.x))
         of_class = mean_of(self._given(batch)({self.label.site.name: values}))
@@ -116,8 +117,7 @@ class LabelThenLatentGuide(WholeGuide):
         def given(values: Values) -> Distribution:
             drawn = values[self.label.site.name].long()
             y = torch.where(labels >= 0, labels, drawn)
-            unit_vectors = nn.functional.one_hot(y, self.label.size).to(features.dtype)
-            told = torch.cat([features.expand(*y.shape, -1), unit_vectors], -1)
+            told = torch.cat([features.expand(*y.shape, -1), unit_vectors(y, self.label.size, features.dtype)], -1)
             return self.latent.distribution(self.encoder(told))
 
         return given

@@ -28,8 +28,8 @@ from elbozoo.inference.evidence import log_evidence as known_evidence
 from elbozoo.inference.heldout import ALONE, Companions, check_new_rows, heldout_figures
 from elbozoo.inference.inferencedata import inference_data
 from elbozoo.inference.ledger import Ledger, compute_ledger, elbo_of
+from elbozoo.inference.steps import unique_parameters
 from elbozoo.inference.storage import read_fit, save_fit
-from elbozoo.inference.svi import unique_parameters
 from elbozoo.inference.weights import importance_weights
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, HasClosedForm, HasOracle

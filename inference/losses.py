@@ -52,11 +52,15 @@ class OwnELBO(ELBO):
 
     Attributes
     ----------
-    step : int
-        Number of gradient steps taken before, for what changes along a fit.
+    beta : float or Tensor ()
+        Weight of the divergence, which changes along a fit: set before each step to what :meth:`beta_at` says.
     """
 
-    step: int = 0
+    beta: float | Tensor = 1.0
+
+    def beta_at(self, step: int) -> float:
+        """Return β after so many steps."""
+        return 1.0
 
     def _get_trace(self, *args: Any) -> Any:
         raise NotImplementedError("it takes its traces itself, if any")
@@ -483,10 +487,15 @@ class BetaELBO(DrawnELBO):
     ) -> None:
         super().__init__(particles, gradient)
         self.weighting, self.kl, self.free_bits = weighting, kl, free_bits
+        self.beta = weighting.at(0)
+
+    def beta_at(self, step: int) -> float:
+        """Return β after so many steps."""
+        return self.weighting.at(step)
 
     def worth(self, draws: Draws) -> Tensor:
         """What each draw is worth to its datum, (S, n), nats."""
-        return draws.log_likelihood() - self.weighting.at(self.step) * self.divergence(draws)
+        return draws.log_likelihood() - self.beta * self.divergence(draws)
 
     def divergence(self, draws: Draws) -> Tensor:
         """KL(q ‖ prior) of each draw and datum, (S, n), nats, with its expectation taken or not."""

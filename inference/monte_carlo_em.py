@@ -63,7 +63,7 @@ from elbozoo.inference.memory import Adam, Memory, RandomStates, Remembers
 from elbozoo.inference.memory import Weights as ModuleWeights
 from elbozoo.inference.progress import progress_bar
 from elbozoo.inference.row_density import RowDensity
-from elbozoo.inference.svi import DECAY, PLATEAUS
+from elbozoo.inference.training import DECAY, PLATEAUS
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.inference.weights import Weights
 from elbozoo.models.contract.batch import Batch

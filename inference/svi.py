@@ -8,129 +8,30 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import pyro
 import torch
 from pyro import poutine
-from torch import nn
 
 from elbozoo.guides.base import Guide
 from elbozoo.inference.checkpoints import Checkpoints
 from elbozoo.inference.convergence import PlateauMonitor
-from elbozoo.inference.corruption import renew, seeing
-from elbozoo.inference.losses import OwnELBO
-from elbozoo.inference.memory import Adam, Memory, RandomStates, Remembers, Weights
+from elbozoo.inference.engines import make_step
+from elbozoo.inference.memory import Memory, RandomStates, Remembers, Weights
 from elbozoo.inference.minibatches import Minibatches
-from elbozoo.inference.objectives import WEIGHED_PARTICLES, Objective, ObjectiveOptions
+from elbozoo.inference.objectives import WEIGHED_PARTICLES, Objective
 from elbozoo.inference.progress import progress_bar
+from elbozoo.inference.steps import Step, unique_parameters
+from elbozoo.inference.training import DECAY, PLATEAUS, WINDOW, TrainingOptions
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.collapse import collapsed
 from elbozoo.models.contract.entry import Corrupts, Entry, HasOracle
 from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
-from elbozoo.models.contract.options import Field
 
 FULL_BATCH_ROWS = 4096
 MANY_PARTICLES, MANY_CELLS = 10, 20_000  # draws per step; cells of a batch above which one draw has to do
 MINIBATCH_ROWS = 256
-PLATEAUS = 4
-WINDOW = 100
-DECAY = 0.3
-
-
-class TrainingOptions(ObjectiveOptions):
-    """Options of stochastic variational inference."""
-
-    steps: int = Field(10_000, ge=1, description="most gradient steps")
-    batch_size: int | None = Field(None, ge=1, description="rows in a minibatch; none chooses by the data's size")
-    learning_rate: float = Field(0.01, gt=0, description="Adam's step size at the start")
-    schedule: Literal["plateau", "cosine", "constant"] = Field("plateau", description="how the step size falls")
-    clip_norm: float | None = Field(
-        None, gt=0, description="largest norm of the gradient per datum; none does not clip"
-    )
-    tolerance: float = Field(1e-4, gt=0, description="gain per 100 steps, nats per datum, that counts as a plateau")
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="evaluations on validation rows without a gain after which the fit ends and goes back to the best "
-        "one; none waits for no such thing",
-    )
-    validate_every: int | None = Field(
-        None,
-        ge=1,
-        description="steps from one evaluation on validation rows to the next; none takes 100 with patience, and "
-        "evaluates none without",
-    )
-    device: str = Field(
-        "cpu", description="where the fit runs: cpu, cuda, cuda:N, mps, or auto; it is judged on the CPU all the same"
-    )
-
-
-class Step(Protocol):
-    """One gradient step of an optimiser on an objective; another engine may take the place of Pyro's."""
-
-    def __call__(self, batch: Batch) -> float:
-        """Take a step on ``batch`` and return the loss before it, nats over the whole data set."""
-        ...
-
-    def scale_learning_rate(self, factor: float) -> None:
-        """Set the step size to ``factor`` times the one at the start."""
-        ...
-
-
-class PyroStep:
-    """Pyro's differentiable ELBO, or one of ours, and PyTorch's Adam.
-
-    Attributes
-    ----------
-    count : int
-        Number of steps taken, which a scheduled objective depends on.
-    """
-
-    def __init__(
-        self, entry: Entry, guide: Guide, objective: Objective, particles: int, options: TrainingOptions
-    ) -> None:
-        self.elbo = objective.build(particles, guide, options)
-        self.guide = seeing(guide, entry)
-        self.loss = self.elbo(collapsed(entry, guide.summed_out), self.guide)
-        self.count = 0
-        self.parameters = unique_parameters(entry, guide)
-        self.clip_norm = options.clip_norm
-        self.learning_rate = options.learning_rate
-        self.optimizer = torch.optim.Adam(self.parameters, lr=options.learning_rate)
-
-    def __call__(self, batch: Batch) -> float:
-        """Take one step; where the loss is not finite, leave the parameters as they are for a look at them."""
-        if isinstance(self.elbo, OwnELBO):
-            self.elbo.step = self.count
-        renew(self.guide)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(batch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            return value
-        loss.backward()
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm * batch.total)
-        self.optimizer.step()
-        self.count += 1
-        return value
-
-    def scale_learning_rate(self, factor: float) -> None:
-        """Set the step size of every parameter group."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = factor * self.learning_rate
-
-    def memory(self) -> Memory:
-        """Return the number of steps and the state of Adam."""
-        adam = Adam(self.optimizer).memory()
-        return Memory(adam.tensors, {**adam.values, "count": self.count})
-
-    def recall(self, memory: Memory) -> None:
-        """Go on after so many steps."""
-        Adam(self.optimizer).recall(memory)
-        self.count = memory.values["count"]
 
 
 @dataclass
@@ -220,7 +121,7 @@ def run_svi(
     observers: Sequence[Observer] = (),
     resample: Callable[[Batch], Batch] | None = None,
     checkpoints: Checkpoints | None = None,
-    make_step: Callable[[Entry, Guide, Objective, int, TrainingOptions], Step] = PyroStep,
+    make_step: Callable[[Entry, Guide, Objective, int, TrainingOptions], Step] = make_step,
 ) -> SVIResult:
     """Maximise ``objective`` over the parameters of ``entry`` and ``guide``, in place.
 
@@ -303,11 +204,6 @@ def check_training(objective: Objective, guide: Guide, options: TrainingOptions,
             f"whole data set, expected all {rows} rows: the log of a mean of weights is no sum over rows, and from "
             "some of them its estimate may exceed log p(x); use objective=elbo"
         )
-
-
-def unique_parameters(*modules: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of ``modules`` that are optimised, each once."""
-    return list({id(p): p for module in modules for p in module.parameters() if p.requires_grad}.values())
 
 
 class Schedule:

@@ -48,7 +48,8 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.classes import beside, count_classes, refuse_classes
+from elbozoo.models.contract.checks import values_are_checked
+from elbozoo.models.contract.classes import beside, count_classes, refuse_classes, unit_vectors
 from elbozoo.models.contract.entry import Entry, default_names
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, draw_weights, multilayer, refuse_rows
@@ -169,7 +170,7 @@ class ConditionalVAE(Entry):
             For a class that the entry was not built for.
         """
         codes = x[:, _condition(self.options)].long()
-        if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < self.classes:
+        if values_are_checked() and len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < self.classes:
             wrong = codes[(codes < 0) | (codes >= self.classes)][0]
             raise InvalidInput(
                 f"found the class {int(wrong)}, expected 0 to {self.classes - 1}, those of the fit; fit again with "
@@ -178,8 +179,8 @@ class ConditionalVAE(Entry):
         return codes
 
     def _output(self, z: Tensor, condition: Tensor) -> Tensor:
-        unit_vectors = nn.functional.one_hot(condition, self.classes).to(z.dtype)
-        joined = torch.cat([z, unit_vectors.expand(*z.shape[:-1], -1)], -1)
+        of_class = unit_vectors(condition, self.classes, z.dtype)
+        joined = torch.cat([z, of_class.expand(*z.shape[:-1], -1)], -1)
         output: Tensor = self.decoder(joined)
         return output
 

@@ -66,7 +66,8 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from elbozoo.models.contract.batch import Batch
-from elbozoo.models.contract.classes import beside, count_classes, refuse_classes
+from elbozoo.models.contract.checks import values_are_checked
+from elbozoo.models.contract.classes import beside, count_classes, refuse_classes, unit_vectors
 from elbozoo.models.contract.entry import Entry, default_names
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.networks import NetworkOptions, RowLikelihood, draw_weights, multilayer, refuse_rows
@@ -251,6 +252,8 @@ class SemiSupervisedVAE(Entry):
         """
         labels = x[:, _label(self.options)]
         codes = labels.long()
+        if not values_are_checked():
+            return codes
         wrong = labels[(codes != labels) | (codes < UNLABELLED) | (codes >= self.classes)]
         if len(wrong):
             raise InvalidInput(
@@ -293,9 +296,9 @@ class SemiSupervisedVAE(Entry):
         return torch.where(labels == UNLABELLED, drawn.long(), labels)
 
     def _output(self, z: Tensor, y: Tensor) -> Tensor:
-        unit_vectors = nn.functional.one_hot(y.long(), self.classes).to(z.dtype)
+        of_class = unit_vectors(y.long(), self.classes, z.dtype)
         shape = torch.broadcast_shapes(z.shape[:-1], y.shape)
-        output: Tensor = self.decoder(torch.cat([z.expand(*shape, -1), unit_vectors.expand(*shape, -1)], -1))
+        output: Tensor = self.decoder(torch.cat([z.expand(*shape, -1), of_class.expand(*shape, -1)], -1))
         return output
 
     def _linear_layers(self) -> tuple[nn.Linear, nn.Linear]:

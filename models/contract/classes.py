@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from elbozoo.models.contract.errors import InvalidInput
@@ -10,6 +11,12 @@ from elbozoo.models.contract.errors import InvalidInput
 def beside(position: int, columns: int) -> list[int]:
     """Return the positions of the columns beside the one of classes, which may be counted from the end."""
     return [column for column in range(columns) if column != position % columns]
+
+
+def unit_vectors(codes: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Return a one at the place of each of the ``codes`` (...) among zeros, (..., classes)."""
+    # PyTorch's own one_hot looks at the values of the codes, which no captured graph may.
+    return (codes[..., None] == torch.arange(classes, device=codes.device)).to(dtype)
 
 
 def count_classes(codes: Tensor) -> int:

@@ -150,7 +150,7 @@ def test_a_moving_beta_is_told_the_step_and_stops_no_fit() -> None:
         def __call__(self, batch: Batch) -> float:
             loss = super().__call__(batch)
             assert isinstance(self.elbo, BetaELBO)
-            seen.append(self.elbo.weighting.at(self.elbo.step))
+            seen.append(float(self.elbo.beta))
             return loss
 
     lengths = []
