@@ -31,6 +31,7 @@ from elbozoo.models.contract.isolation import random_state, set_random_state
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's, as PyTorch sets them
 AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the captured loss with the eager one, relative
+MOST_CALLS = 5000  # of PyTorch's functions in a loss; loops over time steps make graphs that take minutes
 WARNING_PLACES = ("trace_elbo", "trace_mean_field_elbo", "traceenum_elbo")
 
 
@@ -111,6 +112,18 @@ def numbers_of_step(step: PyroStep) -> tuple[float, float, float]:
     return learning_rate / (1 - BETA1**count), (1 - BETA2**count) ** 0.5, beta
 
 
+def loss_on_noise(step: PyroStep, batch: Batch, noise: Sequence[Tensor]) -> float:
+    """Return the loss of ``batch`` by the program itself, on ``noise`` that is given."""
+    with _quiet(), OutsideNoise(noise), torch.enable_grad():
+        return float(step.loss(batch).detach())
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether an operation writes nothing and shows another one's numbers."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
+
+
 def is_in_order(batch: Batch) -> bool:
     """Whether ``batch`` is the whole data set in its own order, so that to pick its rows is to take all."""
     positions = torch.arange(batch.total, device=batch.index.device)
@@ -129,7 +142,7 @@ def for_many_seeds(graph: fx.GraphModule, is_own: Sequence[bool], examples: Sequ
     singles = [example[0] if own else example for own, example in zip(is_own, examples, strict=True)]
     try:
         with torch.no_grad():
-            pure = make_fx(functionalize(graph))(*singles)
+            pure = _simplified(make_fx(functionalize(graph))(*singles))
             mapped = make_fx(vmap(pure, in_dims=dims))(*examples)
     except Exception as error:
         raise NotCapturable(reason_of(error)) from error
@@ -200,6 +213,8 @@ def _record(programs: Programs, batch: Batch) -> _Recorded:
     changed = [name for name, buffer in programs.named_buffers() if buffer._version != versions.get(name)]
     if changed:
         raise NotCapturable(f"the program changes its own {', '.join(changed)}")
+    if noise.calls > MOST_CALLS:
+        raise NotCapturable(f"the program calls {noise.calls} functions one by one, and a graph of all would be long")
     if not loss.requires_grad:
         raise NotCapturable("the loss has no gradient")
     named = {name: p for name, p in programs.named_parameters() if p.requires_grad}
@@ -320,9 +335,17 @@ def _simplified(graph: fx.GraphModule) -> fx.GraphModule:
     for node in graph.graph.nodes:
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
+        if node.target is torch.ops.aten.copy.default:  # into what is of the same form, it is the thing itself
+            target, source = node.args[:2]
+            if _form(target) == _form(source):
+                node.replace_all_uses_with(source)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _form(node: fx.Node) -> tuple[torch.Size, torch.dtype]:
+    return node.meta["val"].shape, node.meta["val"].dtype
 
 
 def reason_of(error: Exception) -> str:

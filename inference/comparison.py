@@ -269,13 +269,14 @@ def _fits(
         learned[seed] = teacher.run(seed, progress=progress)  # type: ignore[union-attr]
         if learned[seed].interrupted:
             break
+    thetas = {seed: fit.entry for seed, fit in learned.items()}
     for each in plans:
-        for seed in learned or seeds:
-            fits.append(each.run(seed, theta=learned[seed].entry if learned else None, progress=progress))
-            if learned and not learned[seed].converged:
-                fits[-1].notes.append(f"θ was learned by {learned[seed].method}, which did not converge")
-            on_fit(fits[-1])
-            if fits[-1].interrupted:  # the user wants what there is, not the next fit
+        for fit in each.run_all(list(learned or seeds), thetas=thetas, progress=progress):
+            if learned and not learned[fit.seed].converged:
+                fit.notes.append(f"θ was learned by {learned[fit.seed].method}, which did not converge")
+            fits.append(fit)
+            on_fit(fit)
+            if fit.interrupted:  # the user wants what there is, not the next fit
                 return fits
     return fits
 

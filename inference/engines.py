@@ -24,6 +24,7 @@ from elbozoo.inference.capture import (
     StepGraph,
     capture,
     is_in_order,
+    is_view,
     numbers_of_step,
     reason_of,
 )
@@ -43,14 +44,19 @@ PER_OPERATION, PER_NUMBER = 4e-6, 5e-10
 COMPILED_SHARE = 0.3
 COMPILATION, COMPILATION_PER_OPERATION = 3.0, 0.01
 MOMENTS = ("exp_avg", "exp_avg_sq")
+StepFunction = Callable[..., Sequence[Tensor]]
 AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-8}
+
+
+def captures(options: TrainingOptions) -> bool:
+    """Whether steps are to be captured under these options."""
+    return options.engine != "eager" and (options.engine != "auto" or options.steps >= STEPS_OF_CAPTURE)
 
 
 def make_step(entry: Entry, guide: Guide, objective: Objective, particles: int, options: TrainingOptions) -> Step:
     """Return what takes the steps of a fit under ``options.engine``."""
-    if options.engine == "eager" or (options.engine == "auto" and options.steps < STEPS_OF_CAPTURE):
-        return PyroStep(entry, guide, objective, particles, options)
-    return CapturedStep(entry, guide, objective, particles, options)
+    step = CapturedStep if captures(options) else PyroStep
+    return step(entry, guide, objective, particles, options)
 
 
 def step_of_compilation(graph: fx.GraphModule, options: TrainingOptions) -> int | None:
@@ -61,13 +67,21 @@ def step_of_compilation(graph: fx.GraphModule, options: TrainingOptions) -> int 
     """
     if options.engine != "auto":
         return 1 if options.engine == "compiled" else None
-    operations = [node for node in graph.graph.nodes if node.op == "call_function"]
-    values = [node.meta.get("val") for node in operations]
-    numbers = sum(value.numel() for value in values if isinstance(value, Tensor))
-    saved = (1 - COMPILED_SHARE) * (PER_OPERATION * len(operations) + PER_NUMBER * numbers)
-    compilation = COMPILATION + COMPILATION_PER_OPERATION * len(operations)
+    operations = len(_operations(graph))
+    saved = (1 - COMPILED_SHARE) * (PER_OPERATION * operations + PER_NUMBER * _numbers(graph))
+    compilation = COMPILATION + COMPILATION_PER_OPERATION * operations
     counts = itertools.takewhile(lambda count: count < options.steps, (2**power for power in itertools.count()))
     return next((count for count in counts if _steps_to_come(count, options) * saved > compilation), None)
+
+
+def _operations(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def _numbers(graph: fx.GraphModule) -> int:
+    """Number of elements that all operations of a graph write together; views write none."""
+    values = [node.meta.get("val") for node in _operations(graph) if not is_view(node)]
+    return sum(value.numel() for value in values if isinstance(value, Tensor))
 
 
 def _steps_to_come(count: int, options: TrainingOptions) -> int:
@@ -82,11 +96,48 @@ def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> floa
     return float(torch.stack(shares).max())
 
 
+def is_filling(graph: fx.GraphModule) -> bool:
+    """Whether the numbers that a step writes take longer than its operations take to be called."""
+    return PER_NUMBER * _numbers(graph) > 4 * PER_OPERATION * len(_operations(graph))
+
+
+def named_tensors(step: PyroStep) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a step's model and guide, by the names of its captured graph."""
+    return Programs(step).tensors()
+
+
 def has_compiler(device: torch.device) -> bool:
     """Whether graphs can be compiled for ``device``: on the CPU with a C++ compiler, elsewhere as PyTorch can."""
     if device.type == "cpu":
         return any(map(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "clang++", "c++"])))
     return device.type == "cuda"
+
+
+class NotCompilable(Exception):
+    """A graph that stays as it is; the message says why."""
+
+
+def compiled(graph: fx.GraphModule, inputs: Sequence[Tensor], samplers: Sequence[str] = ()) -> StepFunction:
+    """Return ``graph`` as machine code, which has been held against the graph on ``inputs``.
+
+    Raises
+    ------
+    NotCompilable
+        For a graph that draws by itself, without a compiler, where the compiler fails, or where its code is wrong.
+    """
+    if samplers:
+        raise NotCompilable(f"{', '.join(samplers)} cannot take noise from outside")
+    if not has_compiler(inputs[0].device):
+        raise NotCompilable("found no C++ compiler; install g++ or clang++, or name one by CXX")
+    function = torch.compile(graph, fullgraph=True, dynamic=False)
+    try:
+        with torch.no_grad():
+            difference = largest_difference(function(*inputs), graph(*inputs))
+    except Exception as error:
+        raise NotCompilable(reason_of(error)) from error
+    if not difference <= AGREEMENT[inputs[0].dtype]:
+        raise NotCompilable(f"its code gives numbers that differ from the graph's by {difference:.1g} of their size")
+    return function
 
 
 class Runner:
@@ -108,11 +159,11 @@ class Runner:
         before = time.perf_counter()
         self.graph: StepGraph = capture(step, batch)
         self.step = step
-        self.function: Callable[..., Sequence[Tensor]] = self.graph.graph
+        self.function: StepFunction = self.graph.graph
         self.compile_at = step_of_compilation(self.graph.graph, step.options)
         self.is_compiled = False
         self.numbers = [torch.zeros((), dtype=torch.float64, device=batch.x.device) for _ in range(3)]
-        tensors = Programs(step).tensors()
+        tensors = named_tensors(step)
         self.trained = [tensors[name] for name in self.graph.trained]
         self.constants = [tensors[name].detach() for name in self.graph.constants]
         self.moments: Sequence[Tensor] = []
@@ -156,34 +207,15 @@ class Runner:
     def _compile(self, batch: Batch) -> None:
         """Put compiled code in the place of the graph, or say why not."""
         self.compile_at = None
-        before = time.perf_counter()
-        reason = self._refusal_of_compilation() or self._try_to_compile(batch)
-        if reason:
-            self.step.say(self.step.gravity, f"captured and not compiled: {reason}")
-        else:
-            self.step.say(logging.INFO, f"compiled in {time.perf_counter() - before:.1f} s")
-
-    def _refusal_of_compilation(self) -> str | None:
-        if self.graph.samplers:
-            return f"{', '.join(self.graph.samplers)} cannot take noise from outside"
-        if not has_compiler(self.numbers[0].device):
-            return "found no C++ compiler; install g++ or clang++, or name one by CXX"
-        return None
-
-    def _try_to_compile(self, batch: Batch) -> str | None:
-        """Compile the graph and hold what it gives against the graph itself; say what is wrong."""
-        compiled = torch.compile(self.function, fullgraph=True, dynamic=False)
         generator = torch.Generator(device=batch.x.device).manual_seed(0)  # no draw of the fit's
-        inputs = [*self._inputs(batch), *(each.draw(generator) for each in self.graph.noise)]
+        noise = [each.draw(generator) for each in self.graph.noise]
         try:
-            with torch.no_grad():
-                differences = largest_difference(compiled(*inputs), self.function(*inputs))
-        except Exception as error:
-            return reason_of(error)
-        if not differences <= AGREEMENT[batch.x.dtype]:
-            return f"compiled code differs from the graph by {differences:.1g} of a tensor's size"
-        self.function, self.is_compiled = compiled, True
-        return None
+            before = time.perf_counter()
+            self.function = compiled(self.graph.graph, [*self._inputs(batch), *noise], self.graph.samplers)
+            self.is_compiled = True
+            self.step.say(logging.INFO, f"compiled in {time.perf_counter() - before:.1f} s")
+        except NotCompilable as reason:
+            self.step.say(self.step.gravity, f"captured and not compiled: {reason}")
 
 
 class CapturedStep(PyroStep):

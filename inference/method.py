@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -20,17 +21,22 @@ from elbozoo.inference.cavi import CAVIOptions, run_cavi
 from elbozoo.inference.checkpoints import Checkpoints, fingerprint
 from elbozoo.inference.devices import resolve_device
 from elbozoo.inference.em import EMOptions, run_em
+from elbozoo.inference.engines import captures
 from elbozoo.inference.event_log import event_log
 from elbozoo.inference.fit import Fit, provenance
 from elbozoo.inference.heldout import ALONE, Companions, check_new_rows
+from elbozoo.inference.losses import Weighting
+from elbozoo.inference.many_seeds import NotTogether, SeededFit, run_together
 from elbozoo.inference.monte_carlo_em import MonteCarloEMOptions, run_monte_carlo_em
 from elbozoo.inference.nuts import NUTSOptions, run_nuts
-from elbozoo.inference.objectives import resolve_objective
+from elbozoo.inference.objectives import Objective, resolve_objective
 from elbozoo.inference.posterior_guide import posterior_guide, refusal_of_posterior_guide
 from elbozoo.inference.records import NO_RECORDS, Records
 from elbozoo.inference.resampling import PixelDraws
 from elbozoo.inference.row_density import refusal_of_density
-from elbozoo.inference.svi import TrainingOptions, check_training, run_svi
+from elbozoo.inference.steps import unique_parameters
+from elbozoo.inference.svi import Observer, SVIResult, begin, check_training, run_svi
+from elbozoo.inference.training import TrainingOptions
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.inference.validation import Validation, check_validation, validation_for
 from elbozoo.models.contract.batch import Batch
@@ -100,13 +106,37 @@ class Plan:
         Where ``theta`` is given, the model keeps its parameters, and q alone is fitted.
         """
         seed = valid_seed(seed)
+        entry = self.model_of(seed, theta)
+        x = self.x.to(entry.dtype)
+        with isolated(seed):
+            return _RUNNERS.get(self.method, _run_guide)(self, entry, x, seed, progress)
+
+    def run_all(
+        self, seeds: Sequence[int], *, thetas: Mapping[int, Entry] | None = None, progress: bool = True
+    ) -> Iterator[Fit]:
+        """Fit from each of ``seeds``, by SVI as one batch where that can be; see :meth:`run`.
+
+        Fits that run as one share their time by their numbers of steps. Where it cannot be, one log line says why.
+        """
+        seeds, thetas = [valid_seed(seed) for seed in seeds], thetas or {}
+        reason = _refusal_to_run_together(self, seeds)
+        if reason is None:
+            together, reason = _run_together(self, seeds, thetas, progress)
+            yield from together
+            if together:
+                return
+        if len(seeds) > 1 and self.method not in SPECIAL:
+            logger.info("%s %s: %d seeds run one by one: %s", self.entry.name(), self.label, len(seeds), reason)
+        for seed in seeds:
+            yield self.run(seed, theta=thetas.get(seed), progress=progress)
+
+    def model_of(self, seed: int, theta: Entry | None) -> Entry:
+        """Return the model at the starting values of ``seed``, or fixed at the parameters of ``theta``."""
         entry = self.build(seed)
         if theta is not None:
             entry.load_state_dict(theta.state_dict())
             entry.requires_grad_(False)
-        x = self.x.to(entry.dtype)
-        with isolated(seed):
-            return _RUNNERS.get(self.method, _run_guide)(self, entry, x, seed, progress)
+        return entry
 
     @property
     def keeps_records(self) -> bool:
@@ -361,49 +391,147 @@ def _check_objective(plan: Plan) -> None:
     check_validation(guide, plan.companions.validation, options)
 
 
-def _run_guide(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
+@dataclass(frozen=True)
+class _Prepared:
+    """A fit by SVI, built and on its device, before its first step."""
+
+    entry: Entry
+    guide: Guide
+    objective: Objective
+    options: TrainingOptions
+    batch: Batch
+    x: Tensor
+    seed: int
+    watch: Validation | None
+
+    @property
+    def observers(self) -> list[Observer]:
+        """What looks at it after each step, beside a log."""
+        return [self.watch] if self.watch else []
+
+    @property
+    def weighting(self) -> Weighting | None:
+        """β along the fit, where it moves."""
+        return self.options.weighting if self.objective.moving_steps(self.options) else None
+
+
+def _prepare(plan: Plan, entry: Entry, x: Tensor, seed: int) -> _Prepared:
     options = plan.schema(TrainingOptions)
     guide = build_guide(plan.method, entry, x, plan.schema(GuideOptions))
     objective = resolve_objective(options.objective, guide, options)
     device = resolve_device(options.device, entry.dtype)
-    records = plan.records.under(f"{plan.method}-{seed}")
-    checkpoints = _checkpoints(plan, records, entry, seed, options, device, ("steps",))
     entry.to(device)
     guide.to(device)
+    rows = plan.companions.validation
+    watch = validation_for(entry, guide, rows, options, seed, objective.moving_steps(options))
+    return _Prepared(entry, guide, objective, options, Batch.full(x.to(device)), x, seed, watch)
+
+
+def _finish(plan: Plan, prepared: _Prepared, result: SVIResult, seconds: float, notes: Sequence[str] = ()) -> Fit:
+    """Return the fit; ``seconds`` are those before it is finished."""
     before = time.perf_counter()
-    moving = options.weighting if objective.moving_steps(options) else None
-    watch = validation_for(entry, guide, plan.companions.validation, options, seed, objective.moving_steps(options))
-    with event_log(records.tensorboard, moving) as log:
-        batch = Batch.full(x.to(device))
-        result = run_svi(
-            entry,
-            guide,
-            objective,
-            batch,
-            options,
-            progress=progress,
-            observers=[*log, *([watch] if watch else [])],
-            resample=_pixel_draws(plan, entry),
-            checkpoints=checkpoints,
-        )
-    notes = watch.finish(len(result.trajectory.rows)) if watch else []
+    entry, guide, watch = prepared.entry, prepared.guide, prepared.watch
+    of_watch = watch.finish(len(result.trajectory.rows)) if watch else []
     entry.cpu()
     guide.cpu()
-    guide.finalize(Batch.full(x))
-    seconds = time.perf_counter() - before + (checkpoints.seconds if checkpoints else 0.0)
+    guide.finalize(Batch.full(prepared.x))
     return _fit(
         plan,
         entry,
         guide,
-        seed,
-        objective.name,
+        prepared.seed,
+        prepared.objective.name,
         result.trajectory,
-        seconds,
+        seconds + time.perf_counter() - before,
         result.converged,
         result.interrupted,
-        notes,
+        [*notes, *of_watch],
         watch,
     )
+
+
+def _run_guide(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
+    prepared = _prepare(plan, entry, x, seed)
+    records = plan.records.under(f"{plan.method}-{seed}")
+    device = prepared.batch.x.device
+    checkpoints = _checkpoints(plan, records, entry, seed, prepared.options, device, ("steps",))
+    before = time.perf_counter()
+    with event_log(records.tensorboard, prepared.weighting) as log:
+        result = run_svi(
+            entry,
+            prepared.guide,
+            prepared.objective,
+            prepared.batch,
+            prepared.options,
+            progress=progress,
+            observers=[*log, *prepared.observers],
+            resample=_pixel_draws(plan, entry),
+            checkpoints=checkpoints,
+        )
+    seconds = time.perf_counter() - before + (checkpoints.seconds if checkpoints else 0.0)
+    return _finish(plan, prepared, result, seconds)
+
+
+def _refusal_to_run_together(plan: Plan, seeds: Sequence[int]) -> str | None:
+    """Say why fits from ``seeds`` run one by one, or return None."""
+    if len(seeds) < 2:
+        return "there is one seed"
+    if plan.method in SPECIAL:
+        return "it is no SVI"
+    options = plan.schema(TrainingOptions)
+    if not captures(options):
+        return "its steps are not captured"
+    if plan.records.checkpoint is not None:
+        return "each has checkpoints of its own"
+    if resolve_device(options.device, plan.entry.dtype).type != "cpu":
+        return "noise of each seed's own is drawn on the CPU"
+    return None
+
+
+def _run_together(
+    plan: Plan, seeds: Sequence[int], thetas: Mapping[int, Entry], progress: bool
+) -> tuple[list[Fit], str | None]:
+    """Return the fits from ``seeds`` run as one, or none and the reason."""
+    prepared, fits = [], []
+    with ExitStack() as stack:
+        for seed in seeds:
+            entry = plan.model_of(seed, thetas.get(seed))
+            with isolated(seed):
+                prepared.append(_prepare(plan, entry, plan.x.to(entry.dtype), seed))
+                generator = torch.Generator()
+                generator.set_state(torch.get_rng_state())
+            each, resample = prepared[-1], _pixel_draws(plan, entry)
+            state = begin(
+                entry,
+                each.guide,
+                each.objective,
+                each.batch,
+                each.options,
+                resample=resample is not None,
+                generator=generator,
+            )
+            log = stack.enter_context(
+                event_log(plan.records.under(f"{plan.method}-{seed}").tensorboard, each.weighting)
+            )
+            fits.append(SeededFit(state, generator, [*log, *each.observers], resample))
+        if not unique_parameters(prepared[0].entry, prepared[0].guide):
+            return [], "nothing is learned"
+        before = time.perf_counter()
+        stack.enter_context(isolated(seeds[0]))
+        title = f"{prepared[0].entry.name()} {prepared[0].guide.name}, {len(seeds)} seeds"
+        try:
+            results = run_together(fits, title, progress=progress)
+        except NotTogether as reason:
+            return [], str(reason)
+        total = time.perf_counter() - before
+    steps = sum(len(result.trajectory.rows) for result in results)
+    done = []
+    for each, fit, result in zip(prepared, fits, results, strict=True):
+        with isolated(each.seed):
+            torch.set_rng_state(fit.generator.get_state())
+            share = total * len(result.trajectory.rows) / max(steps, 1)
+            done.append(_finish(plan, each, result, share))
+    return done, None
 
 
 def _pixel_draws(plan: Plan, entry: Entry) -> PixelDraws | None:

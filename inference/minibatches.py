@@ -14,7 +14,7 @@ from elbozoo.models.contract.batch import Batch
 class Minibatches:
     """Whole minibatches without end, in another order each epoch; the data set itself where it is one minibatch.
 
-    The order is drawn from torch's global random state, on the CPU wherever the rows are.
+    The order is drawn on the CPU wherever the rows are.
 
     Parameters
     ----------
@@ -22,6 +22,8 @@ class Minibatches:
         The whole data set.
     size : int
         Rows in a minibatch, at most all.
+    generator : torch.Generator, optional
+        Source of the order; torch's global random state by default.
 
     Attributes
     ----------
@@ -31,8 +33,8 @@ class Minibatches:
         Number of the present epoch's minibatches that have been taken.
     """
 
-    def __init__(self, batch: Batch, size: int) -> None:
-        self.batch, self.size = batch, size
+    def __init__(self, batch: Batch, size: int, generator: torch.Generator | None = None) -> None:
+        self.batch, self.size, self.generator = batch, size, generator
         self.order: Tensor = torch.empty(0, dtype=torch.int64)
         self.taken = 0
 
@@ -44,7 +46,8 @@ class Minibatches:
         if self.size == total:
             return self.batch
         if self.taken * self.size == len(self.order):
-            self.order, self.taken = torch.randperm(total)[: total // self.size * self.size], 0
+            order = torch.randperm(total, generator=self.generator)
+            self.order, self.taken = order[: total // self.size * self.size], 0
         index = self.order[self.taken * self.size : (self.taken + 1) * self.size].to(x.device)
         self.taken += 1
         return Batch(x[index], index, total)

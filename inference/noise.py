@@ -50,18 +50,22 @@ class OutsideNoise(TorchFunctionMode):
         What the program has asked for.
     values : list of Tensor
         What it got.
+    calls : int
+        Number of functions of PyTorch's that the program has called.
     """
 
     def __init__(self, given: Sequence[Tensor] | None = None) -> None:
         super().__init__()
         self.asked: list[Noise] = []
         self.values: list[Tensor] = []
+        self.calls = 0
         self._given: Iterator[Tensor] | None = None if given is None else iter(given)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answer a sampler of ours; leave everything else to PyTorch."""
+        self.calls += 1
         draw = _SAMPLERS.get(func)
         result = None if draw is None else draw(self, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if result is None else result

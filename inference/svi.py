@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -64,6 +64,14 @@ class TrainingState:
     schedule: Schedule
     trajectory: Trajectory
     minibatches: Minibatches
+
+    def take_in(self, loss: float, seconds: float, log_evidence: float, observers: Sequence[Observer]) -> bool:
+        """Record a step that took so long, show it to the observers, and return whether the fit ends here."""
+        count = len(self.trajectory.rows)
+        self.trajectory.record(seconds, -loss, log_evidence)
+        per_datum = -loss / self.entry.count(self.batch.x)
+        # Every observer sees every step, whatever the others say.
+        return any([self.schedule.is_done(self.step, per_datum, count), *[see(self) for see in observers]])
 
     def parts(self, observers: Sequence[Observer]) -> dict[str, Remembers]:
         """Return all that the next step depends on, by name.
@@ -138,17 +146,13 @@ def run_svi(
     NumericalFailure
         When the objective is no longer finite: with the step, the site and what to try.
     """
-    check_training(objective, guide, options, batch.total)
-    is_elbo = objective.is_elbo and guide.is_bound and not isinstance(entry, Corrupts)
-    trajectory = Trajectory(is_elbo, None if resample else _oracle(entry, batch))
+    if checkpoints is not None and options.engine == "auto":
+        # What is compiled depends on the number of steps, which may grow before the fit goes on.
+        options = options.model_copy(update={"engine": "captured"})
+    state = begin(entry, guide, objective, batch, options, resample=resample is not None, make_step=make_step)
+    trajectory = state.trajectory
     if not unique_parameters(entry, guide):
         return SVIResult(trajectory, converged=True, interrupted=False)
-    step = make_step(entry, guide, objective, _particles(objective, guide, batch, options), options)
-    size = _batch_size(objective, guide, batch, options)
-    schedule = Schedule(options, epoch=batch.total // size, moving=objective.moving_steps(options))
-    rows = entry.count(batch.x)
-    minibatches = Minibatches(batch, size)
-    state = TrainingState(entry, guide, batch, options, step, schedule, trajectory, minibatches)
     if checkpoints is not None:
         standing = checkpoints.resume(state.parts(observers), options.steps)
         if standing is not None and standing.converged:
@@ -157,21 +161,16 @@ def run_svi(
         with (
             progress_bar(f"{entry.name()} {guide.name}", options.steps, progress) as report,
             checkpoints.holding_interrupts() if checkpoints else nullcontext(),
-            warnings.catch_warnings(),
+            without_warnings_of_nan(),
         ):
-            # Pyro warns of a loss that is not finite; here it ends the fit, with more to say.
-            warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)
             done = False
             for count in range(len(trajectory.rows), options.steps):
                 log_evidence = trajectory.evidence()
                 before = time.perf_counter()
-                part = next(minibatches) if resample is None else resample(next(minibatches))
-                objective_value = -_guarded(step, part, entry, guide, count)
-                seconds = time.perf_counter() - before
-                trajectory.record(seconds, objective_value, log_evidence)
-                report(count + 1, f"{objective.name} {objective_value:.2f}")
-                # Every observer sees every step, whatever the others say.
-                done = any([schedule.is_done(step, objective_value / rows, count), *[see(state) for see in observers]])
+                part = next(state.minibatches) if resample is None else resample(next(state.minibatches))
+                loss = guarded_step(state, part)
+                done = state.take_in(loss, time.perf_counter() - before, log_evidence, observers)
+                report(count + 1, f"{objective.name} {-loss:.2f}")
                 if done:
                     break
                 if checkpoints is not None:
@@ -181,6 +180,36 @@ def run_svi(
     except KeyboardInterrupt:
         return SVIResult(trajectory, converged=False, interrupted=True)
     return SVIResult(trajectory, converged=done or options.schedule == "cosine", interrupted=False)
+
+
+def begin(
+    entry: Entry,
+    guide: Guide,
+    objective: Objective,
+    batch: Batch,
+    options: TrainingOptions,
+    *,
+    resample: bool = False,
+    generator: torch.Generator | None = None,
+    make_step: Callable[[Entry, Guide, Objective, int, TrainingOptions], Step] = make_step,
+) -> TrainingState:
+    """Return a fit before its first step; its minibatches come in an order drawn from ``generator``."""
+    check_training(objective, guide, options, batch.total)
+    is_elbo = objective.is_elbo and guide.is_bound and not isinstance(entry, Corrupts)
+    trajectory = Trajectory(is_elbo, None if resample else _oracle(entry, batch))
+    size = _batch_size(objective, guide, batch, options)
+    schedule = Schedule(options, epoch=batch.total // size, moving=objective.moving_steps(options))
+    minibatches = Minibatches(batch, size, generator)
+    step = make_step(entry, guide, objective, _particles(objective, guide, batch, options), options)
+    return TrainingState(entry, guide, batch, options, step, schedule, trajectory, minibatches)
+
+
+@contextmanager
+def without_warnings_of_nan() -> Iterator[None]:
+    """Silence Pyro's warnings of a loss that is not finite: here it ends the fit, with more to say."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Encountered", category=UserWarning)
+        yield
 
 
 def check_training(objective: Objective, guide: Guide, options: TrainingOptions, rows: int) -> None:
@@ -290,15 +319,27 @@ def _oracle(entry: Entry, batch: Batch) -> Callable[[], float] | None:
     return oracle
 
 
-def _guarded(step: Step, batch: Batch, entry: Entry, guide: Guide, count: int) -> float:
+def guarded_step(state: TrainingState, batch: Batch) -> float:
+    """Take a step on ``batch`` and return the loss before it.
+
+    Raises
+    ------
+    NumericalFailure
+        Where it is not finite.
+    """
     # Pyro's validation of every distribution costs a third of a step; the first one sees the same shapes.
-    with pyro.validation_enabled(count == 0):
-        loss = step(batch)
-    if math.isfinite(loss):
-        return loss
-    raise NumericalFailure(
-        f"step {count}: the objective is {-loss} {_culprit(entry, guide, batch)}; try a smaller learning_rate, "
-        "clip_norm=10, or standardised columns"
+    with pyro.validation_enabled(not state.trajectory.rows):
+        loss = state.step(batch)
+    if not math.isfinite(loss):
+        raise failure(state, batch, loss)
+    return loss
+
+
+def failure(state: TrainingState, batch: Batch, loss: float) -> NumericalFailure:
+    """Return the error of a loss that is not finite: the step, the culprit and what to try."""
+    return NumericalFailure(
+        f"step {len(state.trajectory.rows)}: the objective is {-loss} {_culprit(state.entry, state.guide, batch)}; try "
+        "a smaller learning_rate, clip_norm=10, or standardised columns"
     )
 
 

@@ -36,13 +36,18 @@ class Trajectory:
     rows: list[tuple[int, float, float, float, float]] = field(default_factory=list)
     _next: int = 0
 
+    @property
+    def is_due(self) -> bool:
+        """Whether log p(x) is asked for at this step."""
+        return self.oracle is not None and len(self.rows) >= self._next
+
     def evidence(self) -> float:
         """Return log p(x) at the present θ where it is due, otherwise NaN.
 
         Asked for before a step, because the step's objective is the one at the θ before it.
         """
         step = len(self.rows)
-        if self.oracle is None or step < self._next:
+        if self.oracle is None or not self.is_due:
             return math.nan
         self._next = step + 1 if step < DENSE_STEPS else math.ceil(step * RATIO)
         return self.oracle()
