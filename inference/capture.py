@@ -93,7 +93,7 @@ def capture(step: PyroStep, batch: Batch) -> StepGraph:
     state, programs = random_state(), Programs(step)
     try:
         with _quiet():
-            recorded = _record(programs, batch)
+            recorded = _record(step, programs, batch)
             captured = _capture(step, programs, batch, recorded, outside=True)
             if captured.samplers:  # then all draws stay inside, and come in the order of the eager step's
                 captured = _capture(step, programs, batch, recorded, outside=False)
@@ -114,7 +114,7 @@ def numbers_of_step(step: PyroStep) -> tuple[float, float, float]:
 
 def loss_on_noise(step: PyroStep, batch: Batch, noise: Sequence[Tensor]) -> float:
     """Return the loss of ``batch`` by the program itself, on ``noise`` that is given."""
-    with _quiet(), OutsideNoise(noise), torch.enable_grad():
+    with _quiet(), OutsideNoise(noise), torch.enable_grad(), _beta_of(step, numbers_of_step(step)[-1]):
         return float(step.loss(batch).detach())
 
 
@@ -204,11 +204,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _record(programs: Programs, batch: Batch) -> _Recorded:
+def _record(step: PyroStep, programs: Programs, batch: Batch) -> _Recorded:
     """Evaluate the loss once, with its gradient, and note what it takes."""
     versions = {name: buffer._version for name, buffer in programs.named_buffers()}
     noise = OutsideNoise()
-    with noise, torch.enable_grad():
+    with noise, torch.enable_grad(), _beta_of(step, numbers_of_step(step)[-1]):
         loss = programs(batch)
     changed = [name for name, buffer in programs.named_buffers() if buffer._version != versions.get(name)]
     if changed:
@@ -277,8 +277,8 @@ def _check(captured: StepGraph, step: PyroStep, programs: Programs, batch: Batch
 
 
 @contextmanager
-def _beta_of(step: PyroStep, beta: Tensor) -> Iterator[None]:
-    """Let β come from outside while the loss is evaluated, and what the guide sees be drawn anew."""
+def _beta_of(step: PyroStep, beta: Tensor | float) -> Iterator[None]:
+    """Let β be that one while the loss is evaluated."""
     if not isinstance(step.elbo, OwnELBO):
         yield
         return

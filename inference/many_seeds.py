@@ -109,7 +109,7 @@ def run_together(fits: Sequence[SeededFit], title: str, *, progress: bool = True
     """
     options = fits[0].state.options
     graph = _graph_of(fits[0])
-    running = list(fits)
+    running, batch, interrupted = list(fits), None, False
     try:
         with progress_bar(title, options.steps, progress) as report, without_warnings_of_nan():
             running = _first_steps(running)
@@ -119,13 +119,13 @@ def run_together(fits: Sequence[SeededFit], title: str, *, progress: bool = True
                     break
                 running = batch.step(running)
                 report(count + 1, f"{len(running)} of {len(fits)} seeds still running")
-            batch.publish(running)
     except KeyboardInterrupt:
-        for fit in running:
-            fit.end(converged=False, interrupted=True)
+        interrupted = True
     for fit in fits:
         if fit.result is None:
-            fit.end(converged=options.schedule == "cosine")
+            if batch is not None:
+                batch.publish([fit])
+            fit.end(converged=options.schedule == "cosine" and not interrupted, interrupted=interrupted)
     return [fit.result for fit in fits if fit.result is not None]
 
 

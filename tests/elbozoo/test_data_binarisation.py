@@ -17,7 +17,7 @@ import elbozoo as ez
 from elbozoo.cli import main
 from elbozoo.data import Dataset, load_data
 from elbozoo.inference.resampling import PixelDraws
-from elbozoo.inference.svi import PyroStep
+from elbozoo.inference.steps import PyroStep
 from elbozoo.models import Batch, get_entry
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated

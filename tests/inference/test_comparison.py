@@ -109,7 +109,7 @@ def test_everything_is_checked_before_anything_runs(tmp_path: Path) -> None:
 
 def test_an_interrupted_fit_ends_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control-C during the second fit gives a table of two: the first whole, the second marked."""
-    from elbozoo.inference.svi import PyroStep
+    from elbozoo.inference.steps import PyroStep
 
     steps = 0
 

@@ -18,7 +18,8 @@ from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.guides.registry import build_guide
 from elbozoo.inference.corruption import Corrupted, denoising_elbo, renew, seeing
 from elbozoo.inference.objectives import OBJECTIVES, ObjectiveOptions
-from elbozoo.inference.svi import PyroStep, TrainingOptions
+from elbozoo.inference.steps import PyroStep
+from elbozoo.inference.training import TrainingOptions
 from elbozoo.inference.weights import importance_weights
 from elbozoo.models import Batch, get_entry
 from elbozoo.models.contract.entry import Corrupts, Entry
@@ -101,13 +102,13 @@ def test_every_step_draws_afresh_and_once(options: dict[str, object], draws_per_
         parsed = TrainingOptions(**options)
         name = "elbo-analytic" if parsed.kl == "analytic" else parsed.objective.replace("auto", "elbo")
         step = PyroStep(entry, guide, OBJECTIVES[name], 3, parsed)
-        corrupt, drawn = step.guide.corrupt, []
+        corrupt, drawn = step.seeing_guide.corrupt, []
 
         def counted(rows: Tensor) -> Tensor:
             drawn.append(corrupt(rows))
             return drawn[-1]
 
-        step.guide.corrupt = counted
+        step.seeing_guide.corrupt = counted
         batch = Batch.full(x)
         before = [parameter.detach().clone() for parameter in guide.parameters()]
         for _ in range(3):
