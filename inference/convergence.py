@@ -9,6 +9,7 @@ from elbozoo.inference.memory import Memory
 from elbozoo.models.contract.errors import NumericalFailure
 
 MONOTONE_SLACK = 1e-9
+SETTLED = 6  # steps of its own after which a method's gains tell its rate whatever jump came before
 
 
 @dataclass
@@ -71,6 +72,8 @@ class MonotoneMonitor:
         Number of data.
     method, quantity, updates : str
         What is watched, for messages: the method, what it raises, and the steps by which it does.
+    slowest : float
+        Rate of the method's slowest direction where it is known from elsewhere; the tail shrinks no faster.
     """
 
     tolerance: float
@@ -79,9 +82,20 @@ class MonotoneMonitor:
     quantity: str = "log p(x)"
     updates: str = "the E or M step"
     history: list[float] = field(default_factory=list)
+    slowest: float = 0.0
+    _since_jump: int = -1
+    _has_jumped: bool = False
 
-    def update(self, value: float) -> bool:
+    def update(self, value: float, *, jumped: bool = False) -> bool:
         """Take the total log-likelihood or bound of one iteration, nats; return whether the method has converged.
+
+        Parameters
+        ----------
+        value : float
+            Of this iteration.
+        jumped : bool
+            Whether it was reached by an extrapolation: gains across it are not the method's own and say nothing of
+            its rate.
 
         Raises
         ------
@@ -100,8 +114,23 @@ class MonotoneMonitor:
                 f"{self.method} never does: {self.updates} of this entry is wrong or has lost its precision; "
                 "standardise the columns"
             )
+        self._has_jumped |= jumped
         self.history.append(value)
-        return len(self.history) >= 3 and self.remaining() < self.tolerance * self.rows
+        self._since_jump = 0 if jumped else self._since_jump + 1
+        enough = self.tolerance * self.rows
+        return self._since_jump >= 2 and self.remaining() < enough and self._gained_lately() < enough
+
+    def _gained_lately(self) -> float:
+        """Gain over the last third of the run and the last jump, nats over all data; 0 where there was no jump.
+
+        An extrapolation may still raise what the method's own steps no longer do. A third of the run, and not the last
+        few: where the distance to the maximum falls like 1 / iterations, that gain is half of what is left.
+        """
+        if not self._has_jumped:
+            return 0.0
+        third = 2 * len(self.history) // 3
+        before_jump = len(self.history) - 2 - self._since_jump
+        return self.history[-1] - self.history[min(third, before_jump) if self._since_jump < SETTLED else third]
 
     def unfinished(self) -> str:
         """Say how much was left to gain when the iterations ran out."""
@@ -117,5 +146,5 @@ class MonotoneMonitor:
         gain, previous = now - middle, middle - before
         if gain <= 0:
             return 0.0
-        rate = gain / previous if previous > 0 else 1.0
+        rate = max(gain / previous if previous > 0 else 1.0, self.slowest)
         return gain * rate / (1 - rate) if rate < 1 else float("inf")

@@ -1,22 +1,35 @@
-"""Expectation maximisation: one loop over statistics that add up."""
+"""Expectation maximisation: one loop over statistics that add up.
+
+Several starts go on side by side where the entry takes their E steps in one pass over the rows, and one after the other
+where it does not; their results are the same.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from elbozoo.inference.acceleration import Squarem
 from elbozoo.inference.convergence import MonotoneMonitor
 from elbozoo.inference.progress import progress_bar
 from elbozoo.inference.trajectory import Trajectory
-from elbozoo.models.contract.entry import Entry, SupportsEM
+from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.contract.options import Field, Options
+from elbozoo.models.contract.passes import SharesPasses, SummarizesRows
 
 RESTARTS_OF_MIXTURES = 10
+RESTART_STREAM = 1_000_003  # keeps the starts of seeds that follow one another apart
+TIE = 1e-9  # relative: log-likelihoods that differ by less are those of the same maximum
+
+Expectations = Callable[[Sequence[Any]], list[Any]]
 
 
 class EMOptions(Options):
@@ -28,6 +41,9 @@ class EMOptions(Options):
     iterations: int = Field(10_000, ge=1, description="most iterations of each start")
     tolerance: float = Field(1e-6, gt=0, description="gain still to come, nats per datum, at which EM has converged")
     chunk: int = Field(65_536, ge=1, description="rows in a chunk of the E step")
+    acceleration: Literal["none", "squarem"] = Field(
+        "none", description="extrapolation of EM's steps, which never lowers the log-likelihood"
+    )
 
 
 class EMRun(NamedTuple):
@@ -50,8 +66,8 @@ class EMRun(NamedTuple):
 def run_em(entry: Entry, x: Tensor, options: EMOptions, *, seed: int, progress: bool = True) -> EMRun:
     """Set θ of ``entry`` to the best of several starts of EM on the rows ``x`` (N, D).
 
-    A start without a collapsed component is preferred to one with; the first start is from the
-    parameters that ``entry`` has.
+    A start without a collapsed component is preferred to one with, and of equals the earlier; the first start is from
+    the parameters that ``entry`` has.
 
     Raises
     ------
@@ -61,55 +77,159 @@ def run_em(entry: Entry, x: Tensor, options: EMOptions, *, seed: int, progress: 
     restarts = options.restarts or (RESTARTS_OF_MIXTURES if entry.latent_sites()[0].is_discrete else 1)
     best: EMRun | None = None
     with progress_bar(f"{entry.name()} em", restarts, progress) as report:
-        for restart in range(restarts):
-            if restart > 0:
-                with isolated(seed + 1_000_003 * restart):
-                    entry.initialize(x, restart)
-            run = _one_start(entry, x, options)
-            if best is None or _rank(run) > _rank(best):
+        for ended, run in enumerate(_runs(entry, x, options, restarts, seed), start=1):
+            if best is None or _is_better(run, best):
                 best = run
-            report(restart + 1, f"log p(x) {best.log_evidence:.2f}")
-            if run.interrupted:
-                break
+            elif run.interrupted:
+                # Also where an earlier start is the best: the search was cut short.
+                best = best._replace(interrupted=True)
+            report(ended, f"log p(x) {best.log_evidence:.2f}")
     assert best is not None
     entry.load_state_dict(best.state)
     return best
 
 
-def expected_statistics(entry: Entry, x: Tensor, chunk: int) -> Any:
-    """E step over chunks of rows: the sum of the entry's statistics."""
-    assert isinstance(entry, SupportsEM)
+def expected_statistics(entry: Any, x: Tensor, chunk: int) -> Any:
+    """E step over chunks of rows: the sum of the statistics of an entry that supports EM."""
     total: Any = None
     for part in x.split(chunk):
-        statistics = entry.expected_statistics(part)
-        total = statistics if total is None else type(total)(*map(torch.add, total, statistics))
+        total = _added(total, entry.expected_statistics(part))
     return total
 
 
-def _one_start(entry: Entry, x: Tensor, options: EMOptions) -> EMRun:
-    assert isinstance(entry, SupportsEM)
-    monitor, trajectory = MonotoneMonitor(options.tolerance, entry.count(x)), Trajectory(is_elbo=True)
-    converged = interrupted = False
+def summary_of(entry: SummarizesRows, x: Tensor, chunk: int) -> Any:
+    """Return the entry's summary of the rows, merged over chunks."""
+    total: Any = None
+    for part in x.split(chunk):
+        summary: Any = entry.summarize(part)
+        total = summary if total is None else total.merge(summary)
+    return total
+
+
+def _runs(entry: Entry, x: Tensor, options: EMOptions, restarts: int, seed: int) -> Iterator[EMRun]:
+    """Yield the starts as they end; none after one that the user has interrupted."""
+    side_by_side = isinstance(entry, SharesPasses)
+    expectations = _expectations(entry, x, options.chunk)
+    for first in range(0, restarts, restarts if side_by_side else 1):
+        group = range(first, restarts if side_by_side else first + 1)
+        starts = [_started(entry, x, options, seed, restart) for restart in group]
+        _climb(starts, expectations, options.iterations)
+        for start in starts:
+            yield start.ended(x)
+        if any(start.interrupted for start in starts):
+            return
+
+
+def _started(entry: Entry, x: Tensor, options: EMOptions, seed: int, restart: int) -> _Start:
+    own = copy.deepcopy(entry)
+    if restart > 0:
+        with isolated(seed + RESTART_STREAM * restart):
+            own.initialize(x, restart)
+    squarem = Squarem(own) if options.acceleration == "squarem" else None
+    monitor = MonotoneMonitor(options.tolerance, entry.count(x))
+    return _Start(own, monitor, Trajectory(is_elbo=True), squarem)
+
+
+def _expectations(entry: Entry, x: Tensor, chunk: int) -> Expectations:
+    """Return how E steps of several entries on ``x`` are taken: from a summary, in one pass, or one by one."""
+    if isinstance(entry, SummarizesRows) and entry.summary_pays(len(x)):
+        with torch.no_grad():
+            summary = summary_of(entry, x, chunk)
+        return lambda entries: [each.expected_statistics_from(summary) for each in entries]
+    if isinstance(entry, SharesPasses):
+        return lambda entries: _together(entries, x, chunk)
+    return lambda entries: [expected_statistics(each, x, chunk) for each in entries]
+
+
+def _together(entries: Sequence[Any], x: Tensor, chunk: int) -> list[Any]:
+    totals: list[Any] = [None] * len(entries)
+    for part in x.split(chunk):
+        totals = list(map(_added, totals, entries[0].expected_statistics_together(entries, part)))
+    return totals
+
+
+def _added(total: Any, statistics: Any) -> Any:
+    return statistics if total is None else type(total)(*map(torch.add, total, statistics))
+
+
+def _climb(starts: Sequence[_Start], expectations: Expectations, iterations: int) -> None:
+    """Take EM steps from all ``starts`` until each has converged or has had ``iterations``."""
+    active = list(starts)
     with torch.no_grad():
         try:
-            for _ in range(options.iterations):
+            while active:
                 before = time.perf_counter()
-                statistics = expected_statistics(entry, x, options.chunk)
-                log_evidence = float(statistics.log_evidence)
-                converged = monitor.update(log_evidence)
-                if not converged:
-                    entry.maximize(statistics)
-                trajectory.record_exact(time.perf_counter() - before, log_evidence)
-                if converged:
-                    break
+                judged = _one_round(active, expectations)
+                seconds = (time.perf_counter() - before) / len(judged)
+                for start in judged:
+                    start.trajectory.record_exact(seconds, start.monitor.history[-1])
+                active = [start for start in active if not start.converged and start.steps < iterations]
         except KeyboardInterrupt:
-            interrupted = True
-    state = {name: value.clone() for name, value in entry.state_dict().items()}
-    degeneracy = entry.degeneracy(x) if hasattr(entry, "degeneracy") else None
-    unfinished = None if converged or interrupted else monitor.unfinished()
-    log_evidence = monitor.history[-1] if monitor.history else -math.inf
-    return EMRun(state, log_evidence, trajectory, converged, interrupted, degeneracy, unfinished)
+            for start in active:
+                start.interrupted = True
 
 
-def _rank(run: EMRun) -> tuple[bool, float]:
-    return run.degeneracy is None, run.log_evidence
+def _one_round(active: Sequence[_Start], expectations: Expectations) -> Sequence[_Start]:
+    """Take an E step and an M step for each start; return those that had theirs."""
+    try:
+        found = expectations([start.entry for start in active])
+    except torch.linalg.LinAlgError:
+        jumped = [start for start in active if start.squarem is not None and start.squarem.has_jumped]
+        if not jumped:
+            raise
+        # An extrapolation has left the numbers that can be computed with; where EM had come has not.
+        for start in jumped:
+            start.take_back()
+        return jumped
+    for start, statistics in zip(active, found, strict=True):
+        start.step(statistics)
+    return active
+
+
+@dataclass
+class _Start:
+    """One start of EM on its way; ``entry`` holds its θ."""
+
+    entry: Any  # an Entry that SupportsEM
+    monitor: MonotoneMonitor
+    trajectory: Trajectory
+    squarem: Squarem | None
+    converged: bool = False
+    interrupted: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Number of E steps so far."""
+        return len(self.trajectory.rows)
+
+    def step(self, statistics: Any) -> None:
+        """Take the statistics of an E step at the present θ: judge them, and take the M step."""
+        log_evidence = float(statistics.log_evidence)
+        jumped = self.squarem is not None and self.squarem.has_jumped
+        if jumped and not log_evidence >= self.monitor.history[-1]:
+            self.take_back()
+            return
+        self.converged = self.monitor.update(log_evidence, jumped=jumped)
+        if not self.converged:
+            self.entry.maximize(statistics)
+            if self.squarem is not None:
+                self.monitor.slowest = self.squarem.after_step()
+
+    def take_back(self) -> None:
+        """Return from an extrapolation to where EM itself had come."""
+        assert self.squarem is not None
+        self.squarem.take_back()
+
+    def ended(self, x: Tensor) -> EMRun:
+        """Return how it ended."""
+        state = {name: value.clone() for name, value in self.entry.state_dict().items()}
+        degeneracy = self.entry.degeneracy(x) if hasattr(self.entry, "degeneracy") else None
+        unfinished = None if self.converged or self.interrupted else self.monitor.unfinished()
+        log_evidence = self.monitor.history[-1] if self.monitor.history else -math.inf
+        return EMRun(state, log_evidence, self.trajectory, self.converged, self.interrupted, degeneracy, unfinished)
+
+
+def _is_better(run: EMRun, best: EMRun) -> bool:
+    if (run.degeneracy is None) != (best.degeneracy is None):
+        return run.degeneracy is None
+    return run.log_evidence > best.log_evidence + TIE * abs(best.log_evidence)

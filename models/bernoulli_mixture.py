@@ -123,7 +123,8 @@ class BernoulliMixture(MixtureEntry):
 
     def component_log_density(self, x: Tensor) -> Tensor:
         """Log p(x given z = k) of each row in each class, (N, K), nats."""
-        return x @ self.probs.log().mT + (1 - x) @ torch.log1p(-self.probs).mT
+        none = torch.log1p(-self.probs)
+        return x @ (self.probs.log() - none).mT + none.sum(-1)
 
     def expected_statistics(self, x: Tensor) -> WeightedSums:
         """E step: Bishop (2006), equations 9.56 to 9.58, summed over the rows."""

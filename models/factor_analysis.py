@@ -47,6 +47,7 @@ from elbozoo.models.contract.factors import refuse_unbounded_factors
 from elbozoo.models.contract.options import Field, Options
 from elbozoo.models.numerics import linear_gaussian
 from elbozoo.models.numerics.linear_gaussian import LinearGaussianStatistics
+from elbozoo.models.numerics.second_moments import SecondMoments, second_moments
 
 
 class FactorAnalysisOptions(Options):
@@ -127,6 +128,18 @@ class FactorAnalysis(Entry):
     def expected_statistics(self, x: Tensor) -> LinearGaussianStatistics:
         """E step (Rubin & Thayer 1982), summed over the rows."""
         return linear_gaussian.expected_statistics(x, self.loc, self.loading, self.variance)
+
+    def summary_pays(self, rows: int) -> bool:
+        """Whether EM on so many rows is cheaper from their second moments."""
+        return linear_gaussian.summary_pays(rows, self.columns, self.options.latent_dim)
+
+    def summarize(self, x: Tensor) -> SecondMoments:
+        """Second moments of the rows, which are all that the E step needs of them."""
+        return second_moments(x)
+
+    def expected_statistics_from(self, summary: SecondMoments) -> LinearGaussianStatistics:
+        """E step from the second moments: the same sums, at a cost that does not depend on the number of rows."""
+        return linear_gaussian.expected_statistics_from(summary, self.loc, self.loading, self.variance)
 
     def maximize(self, statistics: LinearGaussianStatistics) -> None:
         """M step (Rubin & Thayer 1982), μ maximised jointly; the floor is the exact maximiser under it."""

@@ -43,7 +43,8 @@ References
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, Self
 
 import pyro
 import torch
@@ -52,9 +53,13 @@ from torch import Tensor
 
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.errors import InvalidInput
-from elbozoo.models.contract.mixtures import MixtureEntry, MixtureOptions, Responsibilities, starting_assignments
+from elbozoo.models.contract.mixtures import MixtureEntry, MixtureOptions, starting_assignments
 from elbozoo.models.contract.options import Field
 from elbozoo.models.numerics.covariances import KINDS
+from elbozoo.models.numerics.normal_mixtures import NormalMixtures, NormalMixtureStatistics, expected_statistics
+from elbozoo.models.numerics.second_moments import second_moments
+
+STARTING_ROWS = 4096  # in a chunk of the first M step, whose sums are taken in the direct form
 
 
 class GaussianMixtureOptions(MixtureOptions):
@@ -67,27 +72,6 @@ class GaussianMixtureOptions(MixtureOptions):
         lt=1,
         description="least variance of a component, in any direction, as a share of the columns' variance",
     )
-
-
-class MixtureStatistics(NamedTuple):
-    """Expected sufficient statistics, summed over rows, about the means that made them.
-
-    Attributes
-    ----------
-    log_evidence : Tensor ()
-        Sum of log p(x), nats.
-    counts : Tensor (K,)
-        Sum of the responsibilities.
-    shift : Tensor (K, D)
-        Sum of r (x - μ).
-    scatter : Tensor
-        Sum of r (x - μ)(x - μ)ᵀ, in the shape of the kind of covariance.
-    """
-
-    log_evidence: Tensor
-    counts: Tensor
-    shift: Tensor
-    scatter: Tensor
 
 
 class GaussianMixture(MixtureEntry):
@@ -128,8 +112,10 @@ class GaussianMixture(MixtureEntry):
                 f"columns {[c + 1 for c in constant]} (counted from 1) are constant, expected columns that vary: "
                 "leave them out with --columns, or use covariance=spherical"
             )
-        rank = int(torch.linalg.matrix_rank((x - x.mean(0)) / x.std(0).clamp(min=1e-300)))
-        if options.covariance in ("full", "tied") and rank < x.shape[1]:
+        if options.covariance not in ("full", "tied"):
+            return
+        rank = second_moments(x).rank(of_correlations=True)
+        if rank < x.shape[1]:
             raise InvalidInput(
                 f"the {x.shape[1]} columns of {len(x)} rows have centred rank {rank}, expected full rank for "
                 f"covariance={options.covariance}: leave out columns that others determine, or use covariance=diagonal"
@@ -142,7 +128,7 @@ class GaussianMixture(MixtureEntry):
             self.unit.copy_(spread.square().mean().sqrt() if self.options.covariance == "spherical" else spread)
             probs = starting_assignments(x / self.unit, self.options.components, restart)
             self.means.copy_(x.mean(0).expand_as(self.means))
-            self.maximize(self._statistics(x, Responsibilities(probs, x.new_zeros(()))))
+            self.maximize(self._assigned_statistics(x, probs))
 
     def randomize(self) -> None:
         """Draw means three standard deviations wide and covariances about the unit."""
@@ -175,11 +161,26 @@ class GaussianMixture(MixtureEntry):
         """Log N(x; μ_k, Σ_k) of each row under each component, (N, K), nats."""
         return self.kind.log_density(x, self.means, self.scale)
 
-    def expected_statistics(self, x: Tensor) -> MixtureStatistics:
+    def expected_statistics(self, x: Tensor) -> NormalMixtureStatistics:
         """E step: responsibilities, and the counts and moments that they weigh."""
-        return self._statistics(x, self.responsibilities(x))
+        return self.expected_statistics_together([self], x)[0]
 
-    def maximize(self, statistics: MixtureStatistics) -> None:
+    @classmethod
+    def expected_statistics_together(cls, entries: Sequence[Self], x: Tensor) -> list[NormalMixtureStatistics]:
+        """E steps of several mixtures of the same options and data, in one pass over the rows."""
+        with torch.no_grad():
+            first = entries[0]
+            mixtures = NormalMixtures(
+                torch.stack([entry.weights for entry in entries]).log(),
+                torch.stack([entry.means for entry in entries]),
+                torch.stack([entry.scale for entry in entries]),
+                first.unit,
+                first.options.floor,
+            )
+            together = expected_statistics(x, mixtures)
+        return [NormalMixtureStatistics(*sums) for sums in zip(*together, strict=True)]
+
+    def maximize(self, statistics: NormalMixtureStatistics) -> None:
         """M step: Bishop (2006), equations 9.24 to 9.26, under the floor."""
         with torch.no_grad():
             # A component that has lost all its rows keeps its mean and falls to the floor.
@@ -206,9 +207,10 @@ class GaussianMixture(MixtureEntry):
             return dist.MultivariateNormal(mean, scale_tril=scale[z] if len(scale) > 1 else scale[0])
         return dist.Normal(mean, scale[z]).to_event(1)
 
-    def _statistics(self, x: Tensor, responsibilities: Responsibilities) -> MixtureStatistics:
-        probs, log_evidence = responsibilities
-        counts = probs.sum(0)
-        origin = self.means.mean(0)  # an offset of the data far above its spread would cancel otherwise
-        shift = probs.mT @ (x - origin) - counts[:, None] * (self.means - origin)
-        return MixtureStatistics(log_evidence, counts, shift, self.kind.scatter(x, self.means, probs))
+    def _assigned_statistics(self, x: Tensor, probs: Tensor) -> NormalMixtureStatistics:
+        """Statistics of rows that are assigned to components by ``probs`` (N, K), about the one mean that all have."""
+        shift, scatter = torch.zeros_like(self.means), torch.zeros_like(self.scale)
+        for rows, assigned in zip(x.split(STARTING_ROWS), probs.split(STARTING_ROWS), strict=True):
+            shift += assigned.mT @ (rows - self.means[0])
+            scatter += self.kind.scatter(rows, self.means, assigned)
+        return NormalMixtureStatistics(x.new_zeros(()), probs.sum(0), shift, scatter)

@@ -201,14 +201,13 @@ class HiddenMarkovModel(SequenceEntry):
         return prior + torch.where(steps, (probs * log_emission).sum(-1), 0.0).sum(-1)
 
     def expected_statistics(self, x: Tensor) -> BaumWelchStatistics:
-        """E step: marginals and pairs of the posterior, and the moments that they weigh (Rabiner 1989, III.C)."""
-        filtered, log_transition, steps = self._filtered(x), self.chain.log_transition, steps_mask(x)
-        marginals = markov_chains.smooth(filtered.log_filtered, log_transition, steps)
-        pairs = markov_chains.pair_probabilities(filtered.log_filtered, log_transition, marginals)
-        weights = marginals[steps]
-        sums, squares = self.emission.statistics(observations(x)[steps], weights)
-        first, transitions = marginals[:, 0].sum(0), pairs.sum((0, 1))
-        return BaumWelchStatistics(filtered.log_evidence.sum(), first, transitions, weights.sum(0), sums, squares)
+        """E step: marginals and transitions of the posterior, and the moments that they weigh (Rabiner 1989, III.C)."""
+        expected = markov_chains.expect(*self._log_factors(x))
+        # At padding, where observations are zero, so are the weights.
+        weights = expected.marginals.flatten(0, 1)
+        sums, squares = self.emission.statistics(observations(x).flatten(0, 1), weights)
+        log_evidence, first = expected.log_evidence.sum(), expected.marginals[:, 0].sum(0)
+        return BaumWelchStatistics(log_evidence, first, expected.transitions, weights.sum(0), sums, squares)
 
     def maximize(self, statistics: BaumWelchStatistics) -> None:
         """M step: Rabiner (1989), equations 40, 52 and 53, under the floors; ``stationary`` see the page."""

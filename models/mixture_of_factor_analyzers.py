@@ -176,8 +176,8 @@ class MixtureOfFactorAnalyzers(MixtureEntry):
 
     def expected_statistics(self, x: Tensor) -> FactorMixtureStatistics:
         """E step: Ghahramani & Hinton (1996), section 3, summed over the rows."""
-        probs, log_evidence = self.responsibilities(x)
-        return factor_mixtures.expected_statistics(x, probs, log_evidence, self.means, self.loadings, self.variance)
+        weights = self.weights.log()
+        return factor_mixtures.expected_statistics(x, weights, self.means, self.loadings, self.variance)
 
     def maximize(self, statistics: FactorMixtureStatistics) -> None:
         """M step: Ghahramani & Hinton (1996), section 3, under the floor."""

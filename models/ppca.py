@@ -49,6 +49,7 @@ from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.options import Field, Options
 from elbozoo.models.numerics import linear_gaussian
 from elbozoo.models.numerics.linear_gaussian import LinearGaussianStatistics
+from elbozoo.models.numerics.second_moments import SecondMoments, second_moments
 
 
 class PPCAOptions(Options):
@@ -82,7 +83,7 @@ class PPCA(Entry):
     @classmethod
     def check_data(cls, x: Tensor, options: PPCAOptions) -> None:
         """Refuse more latent dimensions than the data's rank allows."""
-        rank = int(torch.linalg.matrix_rank(x - x.mean(0)))
+        rank = second_moments(x).rank()
         if options.latent_dim >= rank:
             raise InvalidInput(
                 f"option latent_dim: found {options.latent_dim} for {len(x)} rows x {x.shape[1]} columns "
@@ -140,6 +141,18 @@ class PPCA(Entry):
         """E step: Tipping & Bishop (1999), equations 25 and 26, summed over the rows."""
         return linear_gaussian.expected_statistics(x, self.loc, self.loading, self.variance)
 
+    def summary_pays(self, rows: int) -> bool:
+        """Whether EM on so many rows is cheaper from their second moments."""
+        return linear_gaussian.summary_pays(rows, self.columns, self.options.latent_dim)
+
+    def summarize(self, x: Tensor) -> SecondMoments:
+        """Second moments of the rows, which are all that the E step needs of them."""
+        return second_moments(x)
+
+    def expected_statistics_from(self, summary: SecondMoments) -> LinearGaussianStatistics:
+        """E step from the second moments: the same sums, at a cost that does not depend on the number of rows."""
+        return linear_gaussian.expected_statistics_from(summary, self.loc, self.loading, self.variance)
+
     def maximize(self, statistics: LinearGaussianStatistics) -> None:
         """M step: Tipping & Bishop (1999), equations 27 and 28, with μ maximised jointly."""
         with torch.no_grad():
@@ -152,10 +165,10 @@ class PPCA(Entry):
         """Set θ to the global maximum: Tipping & Bishop (1999), equations 7 and 8, with R = I."""
         k = self.options.latent_dim
         with torch.no_grad():
-            loc = x.mean(0)
-            _, singular, directions = torch.linalg.svd(x - loc, full_matrices=False)
+            moments = second_moments(x)
+            _, singular, directions = torch.linalg.svd(moments.centred(), full_matrices=False)
             eigenvalues = singular.square() / len(x)
             noise = eigenvalues[k:].sum() / (self.columns - k)
-            self.loc.copy_(loc)
+            self.loc.copy_(moments.mean())
             self.loading.copy_(directions[:k].mT * (eigenvalues[:k] - noise).clamp(min=0).sqrt())
             self.noise_scale = noise.sqrt()

@@ -19,6 +19,7 @@ from elbozoo.models.contract.joint import Joint
 from elbozoo.models.contract.options import Field, Options
 
 LEAST_ROWS = 0.5
+ROWS_AT_ONCE = 65_536  # so that memory does not grow with the number of rows
 
 
 class MixtureOptions(Options):
@@ -105,6 +106,10 @@ class MixtureEntry(Entry):
         log_evidence = torch.logsumexp(log_joint, -1, keepdim=True)
         return Responsibilities((log_joint - log_evidence).exp(), log_evidence.sum())
 
+    def expected_statistics(self, x: Tensor) -> Any:
+        """E step: a named tuple of sums over the rows, the ``counts`` (K,) of responsibilities among them."""
+        raise NotImplementedError(f"{type(self).__name__} has no E step; define expected_statistics(x)")
+
     def weighted_sums(self, x: Tensor) -> WeightedSums:
         """E step of components whose mean says all: responsibilities, and the sums that they weigh."""
         return weighted_sums(x, self.responsibilities(x))
@@ -117,7 +122,10 @@ class MixtureEntry(Entry):
     def components_below(self, rows: float, x: Tensor) -> Tensor:
         """Mask (K,) of the components with fewer than ``rows`` expected rows of ``x``."""
         with torch.no_grad():
-            return self.responsibilities(x).probs.sum(0) < rows
+            counts = torch.zeros_like(self.weights)
+            for part in x.split(ROWS_AT_ONCE):
+                counts += self.expected_statistics(part).counts
+        return counts < rows
 
 
 def weighted_sums(x: Tensor, responsibilities: Responsibilities) -> WeightedSums:
@@ -137,7 +145,7 @@ def lost_components(entry: MixtureEntry, x: Tensor) -> str | None:
 def starting_assignments(x: Tensor, components: int, restart: int) -> Tensor:
     """Assign the rows by k-means (even restarts), or to the nearest of random rows (odd restarts): 0 or 1, (N, K)."""
     labels = _nearest_random_rows(x, components) if restart % 2 == 1 else _kmeans_labels(x, components)
-    return torch.nn.functional.one_hot(labels, components).to(x.dtype)
+    return x.new_zeros(len(x), components).scatter_(1, labels[:, None], 1.0)
 
 
 def starting_sums(x: Tensor, assignments: Tensor) -> WeightedSums:

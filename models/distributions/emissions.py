@@ -12,6 +12,7 @@ from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.mixtures import starting_assignments
 from elbozoo.models.contract.options import Field
 from elbozoo.models.contract.sequences import SequenceOptions
+from elbozoo.models.numerics import normals
 from elbozoo.models.numerics.covariances import KINDS
 
 LEAST_RATE = 1e-12
@@ -175,10 +176,15 @@ class NormalEmission(nn.Module):
 
     def log_density(self, rows: Tensor) -> Tensor:
         """Log density of each row under each state, (N, K), nats."""
-        return self.kind.log_density(rows, self.means, self.scale)
+        scale = self.scale
+        if normals.suits(rows, self.means, scale):
+            return normals.log_density(rows, self.means, scale)
+        return self.kind.log_density(rows, self.means, scale)
 
     def statistics(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sums of x - μ and of its squares: raw moments would cancel far from zero."""
+        if normals.suits(rows, self.means, weights):
+            return normals.moments(rows, self.means, weights, self.kind.has_scale_tril)
         origin = self.means.mean(0)
         shift = weights.mT @ (rows - origin) - weights.sum(0)[:, None] * (self.means - origin)
         return shift, self.kind.scatter(rows, self.means, weights)

@@ -207,4 +207,6 @@ def _floored_factor(covariance: Tensor, unit: Tensor, floor: float) -> Tensor:
     scaled = covariance / (unit[:, None] * unit)
     eigenvalues, eigenvectors = torch.linalg.eigh((scaled + scaled.mT) / 2)
     root = eigenvectors * (eigenvalues - floor).clamp(min=0).sqrt()[..., None, :]
-    return torch.linalg.qr(root.mT).R.mT
+    upper = torch.linalg.qr(root.mT, mode="r").R
+    # Eigenvectors have no sign of their own, and a factor that jumped from one to the other could not be extrapolated.
+    return (upper * torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None]).mT

@@ -6,6 +6,7 @@ that no D x D matrix is formed here either.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from elbozoo.models.numerics import linear_gaussian
 from elbozoo.models.numerics.linear_gaussian import GaussianPosterior
+
+CHUNK_ELEMENTS = 2**16  # numbers in the residuals of a chunk from all components: 512 KiB, which stay in the cache
 
 
 class FactorMixtureStatistics(NamedTuple):
@@ -74,27 +77,20 @@ def posterior(
 
 def expected_statistics(
     x: Float[Tensor, "n d"],
-    responsibilities: Float[Tensor, "n k"],
-    log_evidence: Float[Tensor, ""],
+    log_weights: Float[Tensor, " k"],
     means: Float[Tensor, "k d"],
     loadings: Float[Tensor, "k d l"],
     variances: Float[Tensor, "k d"],
 ) -> FactorMixtureStatistics:
-    """E step (Ghahramani & Hinton 1996, section 3)."""
-    mean, scale_tril = posterior(x, means, loadings, variances)
-    counts = responsibilities.sum(0)
-    weight = responsibilities.mT[..., None]
-    residual = x - means[:, None, :]
-    augmented = torch.cat([mean, mean.new_ones(*mean.shape[:-1], 1)], -1)
-    ff = (weight * augmented).mT @ augmented
-    ff[:, :-1, :-1] += counts[:, None, None] * (scale_tril @ scale_tril.mT)
-    return FactorMixtureStatistics(
-        log_evidence,
-        counts,
-        (weight * residual.square()).sum(1),
-        (weight * residual).mT @ augmented,
-        ff,
-    )
+    """E step (Ghahramani & Hinton 1996, section 3), in memory that does not grow with the number of rows."""
+    terms = _Terms.of(log_weights, loadings, variances)
+    total: FactorMixtureStatistics | None = None
+    for part in x.split(max(64, CHUNK_ELEMENTS // means.numel())):
+        sums = _sums(part, means, terms)
+        total = sums if total is None else FactorMixtureStatistics(*map(torch.add, total, sums))
+    assert total is not None
+    total.ff[:, :-1, :-1] += total.counts[:, None, None] * terms.inverse
+    return total
 
 
 def maximize(statistics: FactorMixtureStatistics, means: Float[Tensor, "k d"]) -> FactorMixtureMaximum:
@@ -111,3 +107,43 @@ def maximize(statistics: FactorMixtureStatistics, means: Float[Tensor, "k d"]) -
     coefficients = torch.linalg.solve(gram, (rf / scale).mT).mT
     squares = rr - (coefficients * rf).sum(-1)
     return FactorMixtureMaximum(means + coefficients[..., -1], coefficients[..., :-1], squares)
+
+
+class _Terms(NamedTuple):
+    """What the E step needs of θ for each component, once for all rows."""
+
+    constant: Tensor  # (K, 1), log of the weight and of the normalisation
+    loadings: Tensor  # (K, D, L)
+    scaled: Tensor  # (K, D, L), Ψ⁻¹ W
+    inverse: Tensor  # (K, L, L), covariance of f given x and z
+    precision: Tensor  # (K, 1, D), 1 / ψ
+
+    @classmethod
+    def of(cls, log_weights: Tensor, loadings: Tensor, variances: Tensor) -> _Terms:
+        scaled = loadings / variances[..., None]
+        identity = torch.eye(loadings.shape[-1], dtype=loadings.dtype, device=loadings.device)
+        factor = torch.linalg.cholesky(identity + loadings.mT @ scaled)
+        log_determinant = variances.log().sum(-1) + 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = log_weights - 0.5 * (log_determinant + variances.shape[1] * math.log(2 * math.pi))
+        inverse = torch.cholesky_inverse(factor)
+        return cls(constant[:, None], loadings, scaled, inverse, variances.reciprocal()[:, None, :])
+
+
+def _sums(x: Tensor, means: Tensor, terms: _Terms) -> FactorMixtureStatistics:
+    """Sums over a chunk of rows, without the covariance of f."""
+    residual = x - means[:, None, :]
+    mean = residual @ terms.scaled @ terms.inverse
+    left = torch.baddbmm(residual, mean, terms.loadings.mT, alpha=-1)
+    quadratic = (left.square_() @ terms.precision.mT)[..., 0] + mean.square().sum(-1)
+    log_joint = terms.constant - 0.5 * quadratic
+    log_evidence = torch.logsumexp(log_joint, 0)
+    weight = (log_joint - log_evidence).exp()
+    weighted = residual * weight[..., None]
+    augmented = torch.cat([mean, mean.new_ones(*mean.shape[:-1], 1)], -1)
+    return FactorMixtureStatistics(
+        log_evidence.sum(),
+        weight.sum(-1),
+        (weighted * residual).sum(1),
+        weighted.mT @ augmented,
+        (augmented * weight[..., None]).mT @ augmented,
+    )

@@ -29,6 +29,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 Shared = Callable[[Int64[Tensor, " r"], Float[Tensor, "g k"]], Float[Tensor, "r g"]]
+Common = Callable[[Float[Tensor, "g k"]], Float[Tensor, " g"]]
 Rowwise = Callable[[Int64[Tensor, " r"], Float[Tensor, "r g k"]], Float[Tensor, "r g"]]
 
 RADII = (6.5, 13.0, 26.0, 52.0)  # half-widths of the box, in units of ``scale``
@@ -42,6 +43,7 @@ TAIL = 10.0  # bound on mass beyond the box over mass in its shell: 9 for densit
 ROUNDING = 1e-12  # relative to max(1, |log value|)
 CHUNK = 2**20  # integrand values held at once on shared nodes
 OWN_CHUNK = 2**15  # integrand values held at once on nodes of a row's own, where a decoder holds a layer for each
+NODES = 2**14  # shared nodes evaluated at once, for each of which a decoder holds a layer
 ROWS = 2**12  # rows that share nodes at once
 BLOCK = 2**22  # nodes held at once by a block of rows with cells of their own
 CONVERGING = 1e-2  # nats: differences below it show how fast they fall
@@ -76,6 +78,7 @@ def log_integral(
     centre: Float[Tensor, " k"],
     scale: Float[Tensor, " k"],
     *,
+    common: Common | None = None,
     tolerance: float = 1e-6,
     shared_nodes: int = SHARED_NODES,
     own_nodes: int = 2**16,
@@ -93,6 +96,9 @@ def log_integral(
         Number N of integrands.
     centre, scale : Tensor (K,)
         Where the mass may lie, float64: mean and standard deviation of the prior for an evidence.
+    common : callable, optional
+        ``common(z)``: a term (G,) of f that is the same for all rows, such as a log prior, which ``shared`` leaves out
+        and ``rowwise`` does not. It is evaluated for many more nodes at once.
     tolerance : float
         Error in nats, per row, at which to stop. A row that does not reach it reports the error that it has.
     shared_nodes : int
@@ -115,7 +121,7 @@ def log_integral(
             f"found a centre of {len(centre)} dimensions in {centre.dtype} and a scale in {scale.dtype}; "
             "expected one or two dimensions in float64"
         )
-    integrand = _Integrand(shared, rowwise, centre, scale)
+    integrand = _Integrand(shared, rowwise, common, centre, scale)
     limits = _Limits(tolerance, shared_nodes, own_nodes)
     estimate = _Estimate.unknown(rows, scale)
     for radius in RADII:
@@ -135,8 +141,9 @@ class _Limits(NamedTuple):
 class _Integrand:
     """Log integrands of all rows at z = centre + scale * u, without that volume element; counts its evaluations."""
 
-    def __init__(self, shared: Shared, rowwise: Rowwise, centre: Tensor, scale: Tensor) -> None:
-        self.shared, self.rowwise, self.centre, self.scale = shared, rowwise, centre, scale
+    def __init__(self, shared: Shared, rowwise: Rowwise, common: Common | None, centre: Tensor, scale: Tensor) -> None:
+        self.shared, self.rowwise, self.common = shared, rowwise, common
+        self.centre, self.scale = centre, scale
         self.nodes = 0
 
     @property
@@ -144,10 +151,17 @@ class _Integrand:
         """Number K of dimensions."""
         return len(self.centre)
 
-    def at_common(self, index: Tensor, u: Tensor) -> Tensor:
-        """Rows ``index`` (R,) at the nodes ``u`` (G, K): (R, G)."""
+    def of_all(self, u: Tensor) -> Tensor:
+        """Return the term that all rows have in common at the nodes ``u`` (G, K): (G,)."""
+        if self.common is None:
+            return u.new_zeros(len(u))
+        return torch.cat([self.common(self.centre + self.scale * part) for part in u.split(NODES)])
+
+    def at_common(self, index: Tensor, u: Tensor, of_all: Tensor) -> Tensor:
+        """Rows ``index`` (R,) at the nodes ``u`` (G, K), with the term that they have in common there: (R, G)."""
         self.nodes += len(index) * len(u)
-        return self.shared(index, self.centre + self.scale * u)
+        value = torch.cat([self.shared(index, self.centre + self.scale * part) for part in u.split(NODES)], -1)
+        return value if self.common is None else value + of_all
 
     def at_own(self, index: Tensor, u: Tensor) -> Tensor:
         """Row ``index[r]`` at its own nodes ``u[r]`` (G, K), in chunks: (R, G)."""
@@ -265,7 +279,9 @@ def _order(before: Tensor, last: Tensor) -> Tensor:
 
 def _in_box(integrand: _Integrand, index: Tensor, radius: float, limits: _Limits) -> _Estimate:
     """Integrate the rows ``index`` over the box of that half-width: on shared lattices, then on their own cells."""
-    estimate = _on_shared_lattices(integrand, index, radius, limits)
+    estimate = _Estimate.unknown(len(index), integrand.scale)
+    for block in torch.arange(len(index), device=index.device).split(ROWS):
+        estimate.update(block, _on_shared_lattices(integrand, index[block], radius, limits))
     wanted = (estimate.coarse(limits.tolerance) & ~estimate.slow).nonzero()[:, 0]
     at_once = max(1, BLOCK // max(limits.own_nodes, (2 * _roots(radius, integrand.dim)) ** integrand.dim))
     for block in wanted.split(at_once) if len(wanted) and limits.own_nodes else ():
@@ -281,10 +297,10 @@ def _on_shared_lattices(integrand: _Integrand, index: Tensor, radius: float, lim
     cells = COARSEST
     while len(present) and cells**integrand.dim <= limits.shared_nodes:
         u, width = _lattice(cells, radius, integrand.scale)
-        in_shell = _in_shell(u, radius)
+        of_all, in_shell = integrand.of_all(u), _in_shell(u, radius)
         log_volume = integrand.dim * math.log(width)
-        masses = [_log_sum(integrand, index[present], u[mask]) + log_volume for mask in (~in_shell, in_shell)]
-        new = convergence.follow(present, *masses)
+        inside, outside = (_log_sum(integrand, index[present], u[m], of_all[m]) for m in (~in_shell, in_shell))
+        new = convergence.follow(present, inside + log_volume, outside + log_volume)
         estimate.update(present, new)
         hopeless = (new.change > HOPELESS) & (cells >= 100)
         present = present[new.coarse(limits.tolerance) & ~hopeless]
@@ -292,14 +308,11 @@ def _on_shared_lattices(integrand: _Integrand, index: Tensor, radius: float, lim
     return estimate
 
 
-def _log_sum(integrand: _Integrand, index: Tensor, u: Tensor) -> Tensor:
-    """Log of the sum of the integrands of rows ``index`` over common nodes ``u``, in chunks of both."""
-    blocks = []
-    for block in index.split(ROWS):
-        size = max(1, CHUNK // len(block))
-        parts = [integrand.at_common(block, v).logsumexp(-1) for v in u.split(size)]
-        blocks.append(torch.stack(parts).logsumexp(0))
-    return torch.cat(blocks)
+def _log_sum(integrand: _Integrand, index: Tensor, u: Tensor, of_all: Tensor) -> Tensor:
+    """Log of the sum of the integrands of rows ``index`` over common nodes ``u``, in chunks."""
+    size = min(NODES, max(1, CHUNK // len(index)))
+    chunks = zip(u.split(size), of_all.split(size), strict=True)
+    return torch.stack([integrand.at_common(index, *chunk).logsumexp(-1) for chunk in chunks]).logsumexp(0)
 
 
 class _Cells(NamedTuple):
@@ -364,12 +377,13 @@ def _first_cells(
     """Return cells over the whole box, the same for all rows and so evaluated at common nodes, and their width."""
     rows = torch.arange(len(index), device=index.device)
     u, width = _lattice(_roots(radius, integrand.dim), radius, integrand.scale)
-    parent = integrand.at_common(index, u)
+    parent = integrand.at_common(index, u, integrand.of_all(u))
     in_shell = _in_shell(u, radius)
     log_volume = integrand.dim * math.log(width)
     convergence.follow(rows, *(parent[:, mask].logsumexp(-1) + log_volume for mask in (~in_shell, in_shell)))
     children = _children(u, width)
-    value = integrand.at_common(index, children.flatten(0, 1)).unflatten(1, children.shape[:2])
+    leaves = children.flatten(0, 1)
+    value = integrand.at_common(index, leaves, integrand.of_all(leaves)).unflatten(1, children.shape[:2])
     owner = rows.repeat_interleave(len(u))
     return _Cells(owner, children.repeat(len(index), 1, 1), value.flatten(0, 1), parent.flatten()), width / 2
 
