@@ -29,7 +29,7 @@ JUDGING_DRAWS = 128
 OF_DATUM, OF_NETWORK = 0.02, 0.007  # step sizes of Adam
 BLOCK, BLOCKS = 40, 50
 GAIN, PATIENCE, SHRINK = 1e-4, 3, 0.3  # nats per datum in a block below which it is a standstill
-CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**20
 
 
 def best_flow(entry: Entry, guide: LocalGuide, x: Tensor, options: GuideOptions) -> BestMember:
@@ -128,8 +128,10 @@ class _Search:
         return total if math.isfinite(total) else -math.inf
 
     def _descend(self, noise: Tensor) -> None:
+        # The model stays where it is, so that gradients in its parameters would be of no use.
+        mine = list(self.guide.parameters())
         for part in self._parts(len(noise)):
-            (-self._elbo(part, noise)).backward()
+            (-self._elbo(part, noise)).backward(inputs=mine)
 
     def _elbo(self, part: Batch, noise: Tensor) -> Tensor:
         """Total ELBO of the rows of ``part``, nats."""

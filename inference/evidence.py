@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -13,8 +14,9 @@ from elbozoo.guides.base import Guide
 from elbozoo.inference.annealing import annealed_evidence
 from elbozoo.inference.cubature import LARGEST_DIM, log_cubature
 from elbozoo.inference.unconstrained import UnconstrainedProgram
-from elbozoo.inference.weights import CHUNK_ELEMENTS, Weights, importance_weights, log_joint
+from elbozoo.inference.weights import MODEL_ELEMENTS, Weights, importance_weights, log_joint
 from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.collapse import PARTICLE_DIM
 from elbozoo.models.contract.entry import (
     Entry,
     HasEnumeratedEvidence,
@@ -24,12 +26,13 @@ from elbozoo.models.contract.entry import (
     supports_quadrature,
 )
 from elbozoo.models.contract.isolation import isolated
-from elbozoo.models.contract.sites import LatentSite
+from elbozoo.models.contract.sites import LatentSite, log_density
 from elbozoo.models.numerics.quadrature import Quadrature, log_integral
 
 PARTICLES = 1000
 CHUNK_ROWS = 65_536
 QUADRATURE_TOLERANCE = 1e-5  # nats per datum
+POINTS = 2**15  # evaluated at once, however narrow the rows are: a decoder holds a layer for each
 STARTS = 1000  # draws of the prior about which cubature looks for the mass
 UNKNOWN_SCALE = 10.0  # standard deviation of points to start from where there is no prior to draw from
 MOST_CHAINS, FEWEST_CHAINS, CHAIN_ROWS = 256, 64, 2**17  # of the annealing; fewer where rows times chains are many
@@ -160,11 +163,12 @@ def _quadrature(entry: Entry, x: Tensor) -> Evidence:
 
         def integrate(rows: Tensor, **limits: int) -> Quadrature:
             return log_integral(
-                lambda index, nodes: _log_joint_shared(entry, sites, rows[index], nodes),
+                lambda index, nodes: _log_likelihood_shared(entry, sites, rows[index], nodes),
                 lambda index, nodes: _log_joint_rowwise(entry, sites, rows[index], nodes),
                 len(rows),
                 centre,
                 scale,
+                common=lambda nodes: _log_prior_shared(entry, sites, rows[:1], nodes),
                 tolerance=QUADRATURE_TOLERANCE,
                 **limits,
             )
@@ -202,7 +206,7 @@ def _prior_moments(entry: Entry, sites: _Sites, x: Tensor) -> tuple[Tensor, Tens
 def _log_joint_rowwise(entry: Entry, sites: _Sites, x: Tensor, nodes: Tensor) -> Tensor:
     """Log p(x_n, z_ng), (N, G), nats, at points ``nodes`` (N, G, K) of each row's own."""
     summed_out = [site.name for site in sites.finite]
-    at_once = max(1, CHUNK_ELEMENTS // (sites.values * entry.elements(x)))  # points of all rows together
+    at_once = max(1, min(POINTS, MODEL_ELEMENTS // (sites.values * entry.elements(x))))  # points of all rows together
     rows = min(len(x), at_once)
     done = []
     for some, theirs in zip(x.split(rows), nodes.split(rows), strict=True):
@@ -214,13 +218,23 @@ def _log_joint_rowwise(entry: Entry, sites: _Sites, x: Tensor, nodes: Tensor) ->
     return torch.cat(done)
 
 
-def _log_joint_shared(entry: Entry, sites: _Sites, x: Tensor, nodes: Tensor) -> Tensor:
+def _log_likelihood_shared(entry: Entry, sites: _Sites, x: Tensor, nodes: Tensor) -> Tensor:
+    """Log p(x_n given z_g), (N, G), nats, at ``nodes`` (G, K) of all rows; the log joint where it is not known."""
     if isinstance(entry, HasRowLikelihoods):
-        # The prior is the same for every row, so that one row shows it.
-        prior_and_one_row = _log_joint_rowwise(entry, sites, x[:1], nodes[None])
-        log_prior = prior_and_one_row - entry.log_likelihood(x[:1], nodes)
-        return entry.log_likelihood(x, nodes) + log_prior
+        return entry.log_likelihood(x, nodes)
     return _log_joint_rowwise(entry, sites, x, nodes.expand(len(x), -1, -1))
+
+
+def _log_prior_shared(entry: Entry, sites: _Sites, row: Tensor, nodes: Tensor) -> Tensor:
+    """Log p(z_g), (G,), nats, where :func:`_log_likelihood_shared` leaves it out: any one row (1, D) shows it."""
+    if not isinstance(entry, HasRowLikelihoods):
+        return nodes.new_zeros(len(nodes))
+    program = poutine.condition(entry, data=_by_site(sites.real, nodes[:, None]))
+    with pyro.plate("particles", len(nodes), dim=PARTICLE_DIM):
+        trace = poutine.trace(program).get_trace(Batch.full(row))
+    names = {site.name for site in sites.real}
+    trace.compute_log_prob(lambda name, _: name in names)
+    return torch.stack([log_density(trace.nodes[name]).expand(len(nodes), 1)[:, 0] for name in names]).sum(0)
 
 
 def _by_site(sites: list[LatentSite], z: Tensor) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ Densities are masked and not scaled: a mask says which elements there are, while
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -23,6 +23,7 @@ from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.contract.sites import is_local_node, log_density, stochastic_nodes
 
 CHUNK_ELEMENTS = 2**23
+MODEL_ELEMENTS = 2**20  # that a program holds at once: what fits into the cache takes half the time of what does not
 
 
 class Weights(NamedTuple):
@@ -69,7 +70,7 @@ def importance_weights(entry: Entry, guide: Guide, batch: Batch, particles: int,
     """Draw ``particles`` latents from the guide and weigh them against the model.
 
     Rows, and draws of a row that is a long sequence, are treated in chunks that bound the memory; the draws depend
-    on ``seed`` alone.
+    on ``seed`` alone. The model, which holds more numbers for a draw than q does, meets fewer of them at a time.
     """
     with isolated(seed), torch.no_grad():
         particles = 1 if guide.is_discrete else particles
@@ -109,11 +110,10 @@ def log_joint(entry: Entry, batch: Batch, values: Mapping[str, Tensor], summed_o
 
 
 def _local_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) -> Weights:
-    guide_trace, model_trace = _traces(entry, guide, batch, particles)
-    nothing = batch.x.new_zeros(())
-    log_model = sum((log_density(node) for node in model_trace.nodes.values() if _is_weighed(node)), nothing)
-    log_guide = sum((log_density(node) for _, node in stochastic_nodes(guide_trace)), nothing)
-    log_weight = log_model - log_guide
+    guide_trace = _guide_trace(guide, batch, particles)
+    model_nodes = _model_nodes(entry, guide, guide_trace, batch, particles)
+    log_model = torch.cat([_total(nodes, batch.x.new_zeros(draws, 1)) for draws, nodes in model_nodes], -2)
+    log_weight = log_model - _total([node for _, node in stochastic_nodes(guide_trace)], batch.x.new_zeros(()))
     shape = log_weight.shape[-2:]
     log_weight = log_weight.reshape(-1, *shape)
     log_probability = _log_probability(guide_trace, log_weight).reshape(-1, *shape)
@@ -121,18 +121,28 @@ def _local_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) -> 
 
 
 def _global_weights(entry: Entry, guide: Guide, batch: Batch, particles: int) -> Weights:
-    guide_trace, model_trace = _traces(entry, guide, batch, particles)
-    common = batch.x.new_zeros(particles)
-    local = batch.x.new_zeros(1, particles, len(batch.x))
-    for sign, trace in ((1, model_trace), (-1, guide_trace)):
-        for node in trace.nodes.values():
-            if _is_weighed(node) and is_local_node(node):
-                local = local + sign * log_density(node)
-            elif _is_weighed(node):
-                common = common + sign * log_density(node).expand(particles, 1)[:, 0]
+    guide_trace = _guide_trace(guide, batch, particles)
+    of_guide = [node for node in guide_trace.nodes.values() if _is_weighed(node)]
+    nothing = batch.x.new_zeros(particles, len(batch.x))
+    local, common = -_total(filter(is_local_node, of_guide), nothing), -_common(of_guide, nothing[:, :1])
+    locals_of_model, commons_of_model = [], []
+    for draws, nodes in _model_nodes(entry, guide, guide_trace, batch, particles):
+        locals_of_model.append(_total(filter(is_local_node, nodes), nothing[:draws]))
+        commons_of_model.append(_common(nodes, nothing[:draws, :1]))
+    local, common = local + torch.cat(locals_of_model, -2), common + torch.cat(commons_of_model)
     local = local.reshape(-1, *local.shape[-2:])
     log_probability = _log_probability(guide_trace, local).reshape(local.shape)
-    return Weights(local, log_probability, common)
+    return Weights(local, log_probability, common[:, 0])
+
+
+def _total(nodes: Iterable[dict[str, Any]], nothing: Tensor) -> Tensor:
+    """Sum of the log densities of traced nodes, nats; of the shape of ``nothing`` at least."""
+    return sum((log_density(node) for node in nodes), nothing)
+
+
+def _common(nodes: Iterable[dict[str, Any]], nothing: Tensor) -> Tensor:
+    """Sum of the log densities of the nodes outside the data plate, (S, 1), nats."""
+    return _total((node for node in nodes if not is_local_node(node)), nothing)
 
 
 def _log_probability(guide_trace: poutine.Trace, like: Tensor) -> Tensor:
@@ -142,15 +152,37 @@ def _log_probability(guide_trace: poutine.Trace, like: Tensor) -> Tensor:
     return sum(terms, torch.zeros_like(like))
 
 
-def _traces(entry: Entry, guide: Guide, batch: Batch, particles: int) -> tuple[poutine.Trace, poutine.Trace]:
-    enumerating = poutine.enum(guide, first_available_dim=PARTICLE_DIM - 1)
+def _guide_trace(guide: Guide, batch: Batch, particles: int) -> poutine.Trace:
     with pyro.plate("particles", particles, dim=PARTICLE_DIM):
-        guide_trace = poutine.trace(enumerating).get_trace(batch)
-        program = collapsed(entry, guide.summed_out)
-        model_trace = poutine.trace(poutine.replay(program, trace=guide_trace)).get_trace(batch)
-    guide_trace.compute_log_prob()
-    model_trace.compute_log_prob()
-    return guide_trace, model_trace
+        trace = poutine.trace(poutine.enum(guide, first_available_dim=PARTICLE_DIM - 1)).get_trace(batch)
+    trace.compute_log_prob()
+    return trace
+
+
+def _model_nodes(
+    entry: Entry, guide: Guide, guide_trace: poutine.Trace, batch: Batch, particles: int
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield numbers of draws, some after the others, and the nodes of the model at them, with their densities."""
+    program = collapsed(entry, guide.summed_out)
+    at_once = max(1, MODEL_ELEMENTS // (len(batch.x) * entry.elements(batch.x)))
+    for start in range(0, particles, at_once):
+        draws = min(at_once, particles - start)
+        drawn = _some_draws(guide_trace, particles, slice(start, start + draws))
+        with pyro.plate("particles", draws, dim=PARTICLE_DIM):
+            trace = poutine.trace(poutine.replay(program, trace=drawn)).get_trace(batch)
+        trace.compute_log_prob()
+        yield draws, [node for node in trace.nodes.values() if _is_weighed(node)]
+
+
+def _some_draws(guide_trace: poutine.Trace, particles: int, draws: slice) -> poutine.Trace:
+    """Return the trace of those draws alone, without the plates, whose sizes were those of all."""
+    some = poutine.Trace()
+    for name, node in stochastic_nodes(guide_trace):
+        value, along = node["value"], PARTICLE_DIM - node["fn"].event_dim
+        if value.ndim >= -along and value.shape[along] == particles:
+            value = value.movedim(along, 0)[draws].movedim(0, along)
+        some.add_node(name, **{**node, "value": value})
+    return some
 
 
 def _is_weighed(node: dict[str, object]) -> bool:
