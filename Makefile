@@ -3,16 +3,18 @@
 #   make demo                 install and run the main job        make lint     ruff: rules and format
 #   make test                 the fast test suite                 make types    mypy
 #   make test-all             every test                          make docs     the documentation, warnings are errors
-#   make bench                benchmarks, which write JSON        make wheel    dist/: source archive and wheel
+#   make bench                ours beside other libraries         make wheel    dist/: source archive and wheel
 #   make clean                remove .venv and whatever was generated
 #
 # Variables: PYTHON=python3.12   WORKERS=4 (test processes)   TESTS=tests/models (what to test)
+#            SIZE=full (of the benchmarks)
 #            TORCH_INDEX=https://download.pytorch.org/whl/cpu (where to look for a smaller torch, also at PyPI)
 
 PYTHON ?= python3
 WORKERS ?= 2
 TESTS ?= tests
 TORCH_INDEX ?=
+SIZE ?= small
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,8 +42,8 @@ types: $(VENV)/installed-dev
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/installed
-	set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks --size $(SIZE)
 
 wheel: $(VENV)/installed-dev
 	rm -rf build dist

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import textwrap
@@ -28,6 +29,7 @@ from elbozoo.inference.objectives import OBJECTIVES
 from elbozoo.models import Entry, capabilities, entry_names, get_entry
 from elbozoo.pages import attributes_table, code_block, markdown_table, options_table, page_parts
 
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 JSON_FIELDS = {
     "method": "name by which the method was asked for",
     "guide": "canonical name of the guide that the figures are about",
@@ -60,6 +62,7 @@ def write_pages(folder: Path) -> None:
         "datasets.md": _datasets(),
         "commands.inc": _commands(),
         "json.inc": _json(),
+        "benchmarks.inc": _benchmarks(BENCHMARKS),
     }
     for stale in {path for path in folder.rglob("*") if path.is_file()} - {folder / name for name in pages}:
         stale.unlink()
@@ -245,3 +248,64 @@ def _json() -> str:
         "What `elbozoo compare ppca --data iris --methods closed-form --seeds 1 --json` prints:",
         code_block(json.dumps(example, indent=2), "json"),
     )
+
+
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def _benchmarks(folder: Path) -> str:
+    scripts = sorted(folder.glob("bench_*.py"))
+    return _page(*(block for script in scripts for block in _benchmark(script, folder / "results")))
+
+
+def _benchmark(script: Path, results: Path) -> list[str]:
+    """Return the part about one script: what it says of itself, then what was measured, by machine."""
+    summary, _, story = (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "").partition("\n\n")
+    name = script.stem.removeprefix("bench_").replace("_", "-")
+    document = results / f"{name}.json"
+    head = [f"## `{name}`", *(" ".join(text.replace("``", "`").split()) for text in (summary, story))]
+    if not document.exists():
+        return [*head, f"Not measured yet: `python benchmarks/{script.name}` does."]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in _largest(json.loads(document.read_text(encoding="utf-8"))["records"]):
+        groups.setdefault(_machine(record), []).append(record)
+    return [*head, *(block for where, records in groups.items() for block in (where, _ratios(records)))]
+
+
+def _largest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out what was measured at the small size on a machine where the full one was, too."""
+    full = {_machine(record) for record in records if record["size"] == "full"}
+    return [record for record in records if record["size"] == "full" or _machine(record) not in full]
+
+
+def _machine(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    where = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    cores = f"{machine['threads']} of {machine['cores']} cores, {machine['ram_gib']:g} GiB"
+    return f"{machine['cpu']}{where}, {cores}, {machine['system']}:"
+
+
+def _ratios(records: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            f"{record['peer']} ({record['versions'].get(record['packages'][0]) or '–'})",
+            ", ".join(f"{name} {_plain(value)}" for name, value in record["sizes"].items()),
+            f"{_quantity(record['median']['ours'], record['measure'])} a {record['unit']}",
+            f"{record['ratio']:.2f} ({record['ratio_range'][0]:.2f} to {record['ratio_range'][1]:.2f})",
+            "–" if record["target"] is None else f"{record['target']:.3g}",
+            record["verdict"],
+        ]
+        for record in records
+    ]
+    return markdown_table(["beside", "size", "ours", "ratio (range)", "target", "verdict"], rows)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _quantity(value: float, measure: str) -> str:
+    if measure != "seconds":
+        return f"{value:.3g} {measure}"
+    scale, unit = next(((s, u) for s, u in ((1, "s"), (1e-3, "ms"), (1e-6, "μs")) if value >= s), (1e-9, "ns"))
+    return f"{value / scale:.3g} {unit}"
