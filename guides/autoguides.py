@@ -114,6 +114,8 @@ class GlobalGuide(Guide):
             if not torch.isfinite(self.auto.loc).all():
                 raise torch.linalg.LinAlgError
             self.auto = self.auto.laplace_approximation(batch)
+            # In the order of a loaded one: products of matrices differ in their last digits by it.
+            self.auto.scale_tril = self.auto.scale_tril.contiguous()
         except (torch.linalg.LinAlgError, ValueError):
             raise NumericalFailure(
                 "laplace: the log density of the latents is not curved downwards where the search for its maximum "

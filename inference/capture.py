@@ -10,6 +10,7 @@ That holds for programs whose operations do not depend on the values of tensors.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -116,6 +117,22 @@ def loss_on_noise(step: PyroStep, batch: Batch, noise: Sequence[Tensor]) -> floa
     """Return the loss of ``batch`` by the program itself, on ``noise`` that is given."""
     with _quiet(), OutsideNoise(noise), torch.enable_grad(), _beta_of(step, numbers_of_step(step)[-1]):
         return float(step.loss(batch).detach())
+
+
+def with_narrow_products_as_sums(graph: fx.GraphModule) -> fx.GraphModule:
+    """Return ``graph`` with products of thin matrices written as sums of products of numbers.
+
+    A library's product of thin matrices spends its time in reading and writing them; a compiler carries out a sum in
+    one pass with what comes before and after it.
+    """
+    copied = copy.deepcopy(graph)
+    for node in copied.graph.nodes:
+        if node.target in _PRODUCTS and not node.kwargs and _is_narrow(*node.args[-2:]):
+            with copied.graph.inserting_before(node):
+                node.replace_all_uses_with(_as_sum(copied.graph, *node.args))
+    copied.graph.eliminate_dead_code()
+    copied.recompile()
+    return copied
 
 
 def is_view(node: fx.Node) -> bool:
@@ -342,6 +359,27 @@ def _simplified(graph: fx.GraphModule) -> fx.GraphModule:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
+NARROW = 16  # columns of a thin matrix
+
+
+def _is_narrow(left: fx.Node, right: fx.Node) -> bool:
+    """Whether at least two of the three dimensions of a product of matrices are small."""
+    rows, common = left.meta["val"].shape[-2:]
+    return sorted((rows, common, right.meta["val"].shape[-1]))[1] <= NARROW
+
+
+def _as_sum(graph: fx.Graph, *factors: fx.Node) -> fx.Node:
+    """Σ_k a_ik b_kj, and what is to be added to it, as operations of ``graph``."""
+    *added, left, right = factors
+    aten = torch.ops.aten
+    columns = graph.call_function(aten.unsqueeze.default, (left, -1))
+    rows = graph.call_function(aten.unsqueeze.default, (right, -3))
+    terms = graph.call_function(aten.mul.Tensor, (columns, rows))
+    total = graph.call_function(aten.sum.dim_IntList, (terms, [-2]))
+    return graph.call_function(aten.add.Tensor, (total, added[0])) if added else total
 
 
 def _form(node: fx.Node) -> tuple[torch.Size, torch.dtype]:

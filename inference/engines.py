@@ -27,6 +27,7 @@ from elbozoo.inference.capture import (
     is_view,
     numbers_of_step,
     reason_of,
+    with_narrow_products_as_sums,
 )
 from elbozoo.inference.memory import Memory
 from elbozoo.inference.objectives import Objective
@@ -49,8 +50,10 @@ AGREEMENT = {torch.float32: 1e-3, torch.float64: 1e-8}
 
 
 def captures(options: TrainingOptions) -> bool:
-    """Whether steps are to be captured under these options."""
-    return options.engine != "eager" and (options.engine != "auto" or options.steps >= STEPS_OF_CAPTURE)
+    """Whether steps are to be captured under these options; on accelerators only where that was asked for."""
+    if options.engine == "auto":
+        return options.steps >= STEPS_OF_CAPTURE and options.device == "cpu"
+    return options.engine != "eager"
 
 
 def make_step(entry: Entry, guide: Guide, objective: Objective, particles: int, options: TrainingOptions) -> Step:
@@ -68,7 +71,7 @@ def step_of_compilation(graph: fx.GraphModule, options: TrainingOptions) -> int 
     if options.engine != "auto":
         return 1 if options.engine == "compiled" else None
     operations = len(_operations(graph))
-    saved = (1 - COMPILED_SHARE) * (PER_OPERATION * operations + PER_NUMBER * _numbers(graph))
+    saved = (1 - COMPILED_SHARE) * (PER_OPERATION * operations + PER_NUMBER * numbers_written(graph))
     compilation = COMPILATION + COMPILATION_PER_OPERATION * operations
     counts = itertools.takewhile(lambda count: count < options.steps, (2**power for power in itertools.count()))
     return next((count for count in counts if _steps_to_come(count, options) * saved > compilation), None)
@@ -78,8 +81,8 @@ def _operations(graph: fx.GraphModule) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node.op == "call_function"]
 
 
-def _numbers(graph: fx.GraphModule) -> int:
-    """Number of elements that all operations of a graph write together; views write none."""
+def numbers_written(graph: fx.GraphModule) -> int:
+    """Return the number of elements that all operations of a graph write together; views write none."""
     values = [node.meta.get("val") for node in _operations(graph) if not is_view(node)]
     return sum(value.numel() for value in values if isinstance(value, Tensor))
 
@@ -98,12 +101,21 @@ def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> floa
 
 def is_filling(graph: fx.GraphModule) -> bool:
     """Whether the numbers that a step writes take longer than its operations take to be called."""
-    return PER_NUMBER * _numbers(graph) > 4 * PER_OPERATION * len(_operations(graph))
+    return PER_NUMBER * numbers_written(graph) > 4 * PER_OPERATION * len(_operations(graph))
 
 
 def named_tensors(step: PyroStep) -> dict[str, Tensor]:
     """Return the parameters and buffers of a step's model and guide, by the names of its captured graph."""
     return Programs(step).tensors()
+
+
+def replace(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter its new value, without a copy where it is a tensor of PyTorch's own kinds."""
+    if type(value) is Tensor:
+        parameter.data = value
+    else:
+        with torch.no_grad():
+            parameter.copy_(value)
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -129,7 +141,7 @@ def compiled(graph: fx.GraphModule, inputs: Sequence[Tensor], samplers: Sequence
         raise NotCompilable(f"{', '.join(samplers)} cannot take noise from outside")
     if not has_compiler(inputs[0].device):
         raise NotCompilable("found no C++ compiler; install g++ or clang++, or name one by CXX")
-    function = torch.compile(graph, fullgraph=True, dynamic=False)
+    function = torch.compile(with_narrow_products_as_sums(graph), fullgraph=True, dynamic=False)
     try:
         with torch.no_grad():
             difference = largest_difference(function(*inputs), graph(*inputs))
@@ -179,7 +191,7 @@ class Runner:
         value = float(loss)
         if math.isfinite(value):
             for parameter, moved in zip(self.trained, state, strict=False):
-                parameter.data = moved
+                replace(parameter, moved)
             self.moments = state[len(self.trained) :]
         return value
 
@@ -187,13 +199,13 @@ class Runner:
         """Take over Adam's moments from the optimiser, unless they are here already."""
         if not self.moments:
             state = self.step.optimizer.state
-            self.moments = [state[p][key] for key in MOMENTS for p in self.trained]  # type: ignore[index]
+            self.moments = [state[p][key] for key in MOMENTS for p in self.trained]
 
     def give_moments(self) -> None:
         """Give them back."""
         names = [(key, parameter) for key in MOMENTS for parameter in self.trained]
         for (key, parameter), moment in zip(names, self.moments, strict=False):
-            self.step.optimizer.state[parameter][key] = moment  # type: ignore[index]
+            self.step.optimizer.state[parameter][key] = moment
         self.moments = []
 
     def _inputs(self, batch: Batch) -> list[Tensor]:

@@ -34,6 +34,7 @@ from elbozoo.inference.engines import (
     compiled,
     is_filling,
     named_tensors,
+    numbers_written,
     step_of_compilation,
 )
 from elbozoo.inference.progress import progress_bar
@@ -97,18 +98,28 @@ class SeededFit:
         self.result = SVIResult(self.state.trajectory, converged, interrupted)
 
 
-def run_together(fits: Sequence[SeededFit], title: str, *, progress: bool = True) -> list[SVIResult]:
+def run_together(fits: Sequence[SeededFit], graph: StepGraph, title: str, *, progress: bool = True) -> list[SVIResult]:
     """Run fits of one model, guide and objective on the same rows from several seeds, as one batch.
+
+    Must be called inside :func:`~elbozoo.models.contract.isolation.isolated`.
+
+    Parameters
+    ----------
+    fits : sequence of SeededFit
+        Fits before their first step.
+    graph : StepGraph
+        What :func:`graph_of_seeds` gives for one of them.
+    title : str
+        What the bar of progress is called.
 
     Raises
     ------
     NotTogether
-        Where a step cannot be captured or mapped, or one seed alone fills the machine. Parameters may have moved.
+        Where the step cannot be mapped over seeds, when the parameters have moved already.
     NumericalFailure
         When the objective of a seed is no longer finite.
     """
     options = fits[0].state.options
-    graph = _graph_of(fits[0])
     running, batch, interrupted = list(fits), None, False
     try:
         with progress_bar(title, options.steps, progress) as report, without_warnings_of_nan():
@@ -141,7 +152,14 @@ def drawing_from(generator: torch.Generator) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def _graph_of(fit: SeededFit) -> StepGraph:
+def graph_of_seeds(fit: SeededFit) -> StepGraph:
+    """Capture the step that seeds have in common; nothing of the fit is drawn or moved.
+
+    Raises
+    ------
+    NotTogether
+        Where it cannot be captured, draws by itself, or fills the machine with one seed alone.
+    """
     minibatches = fit.state.minibatches
     start = minibatches.batch.rows(0, minibatches.size)
     try:
@@ -153,6 +171,11 @@ def _graph_of(fit: SeededFit) -> StepGraph:
     if is_filling(graph.graph):
         raise NotTogether("the step of one seed fills the machine")
     return graph
+
+
+def seeds_at_once(graph: StepGraph) -> int:
+    """Return how many seeds one batch may hold, so that what it writes in a step stays in memory."""
+    return max(2, NUMBERS_AT_ONCE // max(1, numbers_written(graph.graph)))
 
 
 def _first_steps(fits: Sequence[SeededFit]) -> list[SeededFit]:
@@ -200,8 +223,7 @@ class _SeedBatch:
         before = time.perf_counter()
         losses = self._advance(running)
         seconds = (time.perf_counter() - before) / len(running)
-        if running[0].observers:
-            self.publish(running)
+        self.publish([fit for fit in running if fit.observers])
         going_on = []
         for fit, log_evidence in zip(running, evidence, strict=True):
             loss = losses[self.slots.index(fit)]
@@ -227,8 +249,8 @@ class _SeedBatch:
     def _advance(self, running: Sequence[SeededFit]) -> list[float]:
         batches = {self.slots.index(fit): fit.next_batch() for fit in running}
         for fit in running:
-            for noise, values in zip(self.graph.noise, self.noise, strict=True):
-                noise.draw(fit.generator, out=values[self.slots.index(fit)])
+            for noise, of_slots in zip(self.graph.noise, self.noise, strict=True):
+                noise.draw(fit.generator, out=of_slots[self.slots.index(fit)])
         inputs = self._inputs(batches)
         count = running[0].step.count
         if self.function is None:
@@ -256,12 +278,9 @@ class _SeedBatch:
         batch = batches[any_slot]
         numbers = [numbers_of_step(fit.step) for fit in self.slots]
         _, correction, beta = numbers[any_slot]
-        like = {"dtype": torch.float64, "device": batch.x.device}
-        given = [
-            torch.tensor([step_size for step_size, _, _ in numbers], **like),
-            torch.tensor(correction, **like),
-            torch.tensor(beta, **like),
-        ]
+        step_sizes = torch.tensor([step_size for step_size, _, _ in numbers], dtype=torch.float64)
+        shared = torch.tensor([correction, beta], dtype=torch.float64)
+        given = [step_sizes.to(batch.x.device), *shared.to(batch.x.device).unbind()]
         rows, index = batch.x, batch.index
         if self.has_own_rows:
             of_slots = [batches.get(slot, batch) for slot in range(len(self.slots))]

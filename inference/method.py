@@ -26,7 +26,7 @@ from elbozoo.inference.event_log import event_log
 from elbozoo.inference.fit import Fit, provenance
 from elbozoo.inference.heldout import ALONE, Companions, check_new_rows
 from elbozoo.inference.losses import Weighting
-from elbozoo.inference.many_seeds import NotTogether, SeededFit, run_together
+from elbozoo.inference.many_seeds import NotTogether, SeededFit, graph_of_seeds, run_together, seeds_at_once
 from elbozoo.inference.monte_carlo_em import MonteCarloEMOptions, run_monte_carlo_em
 from elbozoo.inference.nuts import NUTSOptions, run_nuts
 from elbozoo.inference.objectives import Objective, resolve_objective
@@ -118,16 +118,18 @@ class Plan:
 
         Fits that run as one share their time by their numbers of steps. Where it cannot be, one log line says why.
         """
-        seeds, thetas = [valid_seed(seed) for seed in seeds], thetas or {}
-        reason = _refusal_to_run_together(self, seeds)
-        if reason is None:
-            together, reason = _run_together(self, seeds, thetas, progress)
-            yield from together
-            if together:
-                return
-        if len(seeds) > 1 and self.method not in SPECIAL:
-            logger.info("%s %s: %d seeds run one by one: %s", self.entry.name(), self.label, len(seeds), reason)
-        for seed in seeds:
+        todo, thetas = [valid_seed(seed) for seed in seeds], thetas or {}
+        reason = _refusal_to_run_together(self)
+        try:
+            while len(todo) > 1 and reason is None:
+                done = _run_together(self, todo, thetas, progress)
+                todo = todo[len(done) :]
+                yield from done
+        except NotTogether as refusal:
+            reason = str(refusal)
+        if len(todo) > 1 and self.method not in SPECIAL:
+            logger.info("%s %s: %d seeds run one by one: %s", self.entry.name(), self.label, len(todo), reason)
+        for seed in todo:
             yield self.run(seed, theta=thetas.get(seed), progress=progress)
 
     def model_of(self, seed: int, theta: Entry | None) -> Entry:
@@ -472,10 +474,8 @@ def _run_guide(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -
     return _finish(plan, prepared, result, seconds)
 
 
-def _refusal_to_run_together(plan: Plan, seeds: Sequence[int]) -> str | None:
-    """Say why fits from ``seeds`` run one by one, or return None."""
-    if len(seeds) < 2:
-        return "there is one seed"
+def _refusal_to_run_together(plan: Plan) -> str | None:
+    """Say why fits from several seeds run one by one, or return None."""
     if plan.method in SPECIAL:
         return "it is no SVI"
     options = plan.schema(TrainingOptions)
@@ -488,50 +488,56 @@ def _refusal_to_run_together(plan: Plan, seeds: Sequence[int]) -> str | None:
     return None
 
 
-def _run_together(
-    plan: Plan, seeds: Sequence[int], thetas: Mapping[int, Entry], progress: bool
-) -> tuple[list[Fit], str | None]:
-    """Return the fits from ``seeds`` run as one, or none and the reason."""
-    prepared, fits = [], []
+def _seeded(plan: Plan, seed: int, theta: Entry | None, logs: ExitStack) -> tuple[_Prepared, SeededFit]:
+    """Build the fit of a seed with a generator of its own, which stands where the global one would."""
+    entry, generator = plan.model_of(seed, theta), torch.Generator()
+    with isolated(seed):
+        prepared = _prepare(plan, entry, plan.x.to(entry.dtype), seed)
+        generator.set_state(torch.get_rng_state())
+    if not unique_parameters(entry, prepared.guide):
+        raise NotTogether("nothing is learned")
+    resample = _pixel_draws(plan, entry)
+    state = begin(
+        entry,
+        prepared.guide,
+        prepared.objective,
+        prepared.batch,
+        prepared.options,
+        resample=resample is not None,
+        generator=generator,
+    )
+    folder = plan.records.under(f"{plan.method}-{seed}").tensorboard
+    log = logs.enter_context(event_log(folder, prepared.weighting))
+    return prepared, SeededFit(state, generator, [*log, *prepared.observers], resample)
+
+
+def _run_together(plan: Plan, seeds: Sequence[int], thetas: Mapping[int, Entry], progress: bool) -> list[Fit]:
+    """Return the fits from as many of the ``seeds`` as one batch may hold.
+
+    Raises
+    ------
+    NotTogether
+        Where they cannot be run as one.
+    """
     with ExitStack() as stack:
-        for seed in seeds:
-            entry = plan.model_of(seed, thetas.get(seed))
-            with isolated(seed):
-                prepared.append(_prepare(plan, entry, plan.x.to(entry.dtype), seed))
-                generator = torch.Generator()
-                generator.set_state(torch.get_rng_state())
-            each, resample = prepared[-1], _pixel_draws(plan, entry)
-            state = begin(
-                entry,
-                each.guide,
-                each.objective,
-                each.batch,
-                each.options,
-                resample=resample is not None,
-                generator=generator,
-            )
-            log = stack.enter_context(
-                event_log(plan.records.under(f"{plan.method}-{seed}").tensorboard, each.weighting)
-            )
-            fits.append(SeededFit(state, generator, [*log, *each.observers], resample))
-        if not unique_parameters(prepared[0].entry, prepared[0].guide):
-            return [], "nothing is learned"
+        pairs = [_seeded(plan, seeds[0], thetas.get(seeds[0]), stack)]
+        with isolated(seeds[0]):
+            graph = graph_of_seeds(pairs[0][1])
+        seeds = seeds[: seeds_at_once(graph)]
+        pairs += [_seeded(plan, seed, thetas.get(seed), stack) for seed in seeds[1:]]
+        first, fits = pairs[0][0], [fit for _, fit in pairs]
         before = time.perf_counter()
-        stack.enter_context(isolated(seeds[0]))
-        title = f"{prepared[0].entry.name()} {prepared[0].guide.name}, {len(seeds)} seeds"
-        try:
-            results = run_together(fits, title, progress=progress)
-        except NotTogether as reason:
-            return [], str(reason)
+        with isolated(seeds[0]):
+            title = f"{first.entry.name()} {first.guide.name}, {len(seeds)} seeds"
+            results = run_together(fits, graph, title, progress=progress)
         total = time.perf_counter() - before
-    steps = sum(len(result.trajectory.rows) for result in results)
+    steps = max(1, sum(len(result.trajectory.rows) for result in results))
     done = []
-    for each, fit, result in zip(prepared, fits, results, strict=True):
-        with isolated(each.seed):
+    for (prepared, fit), result in zip(pairs, results, strict=True):
+        with isolated(prepared.seed):
             torch.set_rng_state(fit.generator.get_state())
-            share = total * len(result.trajectory.rows) / max(steps, 1)
-            done.append(_finish(plan, each, result, share))
-    return done, None
+            done.append(_finish(plan, prepared, result, total * len(result.trajectory.rows) / steps))
+    return done
 
 
 def _pixel_draws(plan: Plan, entry: Entry) -> PixelDraws | None:

@@ -148,11 +148,12 @@ def run_svi(
     """
     if checkpoints is not None and options.engine == "auto":
         # What is compiled depends on the number of steps, which may grow before the fit goes on.
-        options = options.model_copy(update={"engine": "captured"})
+        options = options.model_copy(update={"engine": "captured" if options.device == "cpu" else "eager"})
+    check_training(objective, guide, options, batch.total)
+    if not unique_parameters(entry, guide):
+        return SVIResult(Trajectory(is_elbo=True), converged=True, interrupted=False)
     state = begin(entry, guide, objective, batch, options, resample=resample is not None, make_step=make_step)
     trajectory = state.trajectory
-    if not unique_parameters(entry, guide):
-        return SVIResult(trajectory, converged=True, interrupted=False)
     if checkpoints is not None:
         standing = checkpoints.resume(state.parts(observers), options.steps)
         if standing is not None and standing.converged:
@@ -194,7 +195,6 @@ def begin(
     make_step: Callable[[Entry, Guide, Objective, int, TrainingOptions], Step] = make_step,
 ) -> TrainingState:
     """Return a fit before its first step; its minibatches come in an order drawn from ``generator``."""
-    check_training(objective, guide, options, batch.total)
     is_elbo = objective.is_elbo and guide.is_bound and not isinstance(entry, Corrupts)
     trajectory = Trajectory(is_elbo, None if resample else _oracle(entry, batch))
     size = _batch_size(objective, guide, batch, options)

@@ -17,11 +17,12 @@ from contract import every_pair, example_data
 from pyro import distributions as dist
 from pyro.infer import SVI
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from elbozoo.guides import build_guide
 from elbozoo.guides.base import GuideOptions
 from elbozoo.inference import engines
-from elbozoo.inference.capture import capture
+from elbozoo.inference.capture import capture, with_narrow_products_as_sums
 from elbozoo.inference.checkpoints import Checkpoints
 from elbozoo.inference.engines import CapturedStep, make_step
 from elbozoo.inference.method import plan
@@ -399,3 +400,21 @@ class GammaProgram(pyro.nn.PyroModule):
             z = pyro.sample("z", dist.Gamma(2.0, self.log_rate.exp()))
             rate = z[..., None].expand(*z.shape, batch.x.shape[-1])
             return pyro.sample("x", dist.Poisson(rate).to_event(1), obs=batch.x)
+
+
+def test_thin_products_are_sums_of_products() -> None:
+    """What is compiled in place of thin matrix products gives their numbers: 1e-12 relative, in double precision."""
+    aten = torch.ops.aten
+
+    def products(a: Tensor, b: Tensor, c: Tensor, wide: Tensor) -> list[Tensor]:
+        several = torch.bmm(a.expand(3, -1, -1), b.expand(3, -1, -1))
+        return [torch.addmm(c, a, b), a.mT @ a, several, wide @ wide]
+
+    with isolated(0):
+        inputs = [torch.randn(*shape, dtype=torch.float64) for shape in ((40, 3), (3, 5), (5,), (20, 20))]
+    graph = make_fx(products)(*inputs)
+    sums = with_narrow_products_as_sums(graph)
+    for one, other in zip(sums(*inputs), graph(*inputs), strict=True):
+        assert float((one - other).abs().max()) <= 1e-12 * float(other.abs().max())
+    kinds = {aten.mm.default, aten.bmm.default, aten.addmm.default}
+    assert [n.target for n in sums.graph.nodes if n.target in kinds] == [aten.mm.default]  # the wide one stays

@@ -173,6 +173,24 @@ def test_what_cannot_run_as_one_runs_one_by_one_and_says_why(case: str, caplog: 
     assert objectives(fits[1]).tolist() == objectives(alone).tolist()
 
 
+def test_no_more_seeds_run_at_once_than_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five seeds in batches of two, the last one alone; each ends where it ends alone."""
+    monkeypatch.setattr(many_seeds, "NUMBERS_AT_ONCE", 1)
+    fits = list(prepared("ppca", "mean-field").run_all(range(5), progress=False))
+    assert [fit.seed for fit in fits] == list(range(5))
+    for fit in fits[3:]:
+        assert difference(fit, prepared("ppca", "mean-field").run(fit.seed, progress=False)) <= TOLERANCE
+
+
+def test_a_seed_that_fills_the_machine_runs_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(many_seeds, "is_filling", lambda graph: True)
+    with caplog.at_level(logging.INFO, "elbozoo"):
+        assert len(list(prepared("ppca", "mean-field").run_all([0, 1], progress=False))) == 2
+    assert "the step of one seed fills the machine" in caplog.text
+
+
 def test_checkpoints_keep_fits_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = plan(
         "ppca", example_data("ppca"), "mean-field", {"steps": 5, "engine": "captured"}, records=Records(tmp_path)
