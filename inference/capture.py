@@ -21,7 +21,7 @@ import pyro
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call, functionalize, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from elbozoo.inference.losses import OwnELBO
 from elbozoo.inference.noise import Noise, OutsideNoise
@@ -33,6 +33,7 @@ from elbozoo.models.contract.isolation import random_state, set_random_state
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # Adam's, as PyTorch sets them
 AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the captured loss with the eager one, relative
 MOST_CALLS = 5000  # of PyTorch's functions in a loss; loops over time steps make graphs that take minutes
+TAKING_OUT = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 WARNING_PLACES = ("trace_elbo", "trace_mean_field_elbo", "traceenum_elbo")
 
 
@@ -84,17 +85,24 @@ class Programs(nn.Module):
 
 
 def capture(step: PyroStep, batch: Batch) -> StepGraph:
-    """Capture ``step`` for batches of the form of ``batch``; parameters and random states stay as they are.
+    """Capture ``step`` for batches of the form of ``batch``; parameters, buffers and random states stay as they are.
 
     Raises
     ------
     NotCapturable
-        For programs that decide by the values of tensors, or change tensors other than their parameters.
+        For programs that decide by the values of tensors, or remember anything from one run to the next.
     """
-    state, programs = random_state(), Programs(step)
+    programs = Programs(step)
+    state, held = random_state(), _Held(programs)
     try:
         with _quiet():
-            recorded = _record(step, programs, batch)
+            try:
+                recorded = _record(step, programs, batch)
+            except NotCapturable:
+                raise
+            except Exception as error:  # the eager step has it again, and says it better
+                raise NotCapturable(reason_of(error)) from error
+            _refuse_other_noise(recorded.noise, state)
             captured = _capture(step, programs, batch, recorded, outside=True)
             if captured.samplers:  # then all draws stay inside, and come in the order of the eager step's
                 captured = _capture(step, programs, batch, recorded, outside=False)
@@ -102,6 +110,7 @@ def capture(step: PyroStep, batch: Batch) -> StepGraph:
             _check(captured, step, programs, batch, recorded)
     finally:
         set_random_state(state)
+        held.put_back()
     return captured
 
 
@@ -129,7 +138,9 @@ def with_narrow_products_as_sums(graph: fx.GraphModule) -> fx.GraphModule:
     for node in copied.graph.nodes:
         if node.target in _PRODUCTS and not node.kwargs and _is_narrow(*node.args[-2:]):
             with copied.graph.inserting_before(node):
-                node.replace_all_uses_with(_as_sum(copied.graph, *node.args))
+                total = _as_sum(copied.graph, *node.args)
+                total.meta = dict(node.meta)
+                node.replace_all_uses_with(total)
     copied.graph.eliminate_dead_code()
     copied.recompile()
     return copied
@@ -171,8 +182,49 @@ def for_many_seeds(graph: fx.GraphModule, is_own: Sequence[bool], examples: Sequ
 
 class _Recorded(NamedTuple):
     loss: Tensor
+    gradients: list[Tensor]
     noise: OutsideNoise
     trained: list[str]
+
+
+class _Held:
+    """What the modules of programs hold beside parameters: their buffers, and numbers, truths and texts."""
+
+    def __init__(self, programs: Programs) -> None:
+        self.programs = programs
+        modules = list(programs.named_modules())
+        self.buffers = {
+            (path, name): (buffer, buffer._version, buffer.clone())
+            for path, module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        self.values = {
+            (path, name): value
+            for path, module in modules
+            for name, value in vars(module).items()
+            if type(value) in (int, float, bool, str)
+        }
+
+    def changed(self) -> list[str]:
+        """Names of what is not as it was."""
+        now = _Held(self.programs)
+        of_buffers = [
+            key
+            for key, (buffer, version, _) in now.buffers.items()
+            if key not in self.buffers or buffer is not self.buffers[key][0] or version != self.buffers[key][1]
+        ]
+        of_values = [key for key, value in now.values.items() if key not in self.values or value != self.values[key]]
+        return [".".join(filter(None, key)) for key in (*of_buffers, *of_values)]
+
+    def put_back(self) -> None:
+        """Make everything as it was."""
+        modules = dict(self.programs.named_modules())
+        with torch.no_grad():
+            for (path, name), (buffer, _, value) in self.buffers.items():
+                modules[path]._buffers[name] = buffer.copy_(value)
+        for (path, name), plain in self.values.items():
+            modules[path].__dict__[name] = plain
 
 
 class _Tracing(OutsideNoise):
@@ -180,7 +232,8 @@ class _Tracing(OutsideNoise):
 
     Pyro takes the value of a loss out of its tensor, and puts it back in without its gradient: it stays a tensor. It
     sums over values of positive probability alone, which it picks by a mask: the others are there as zeros. And
-    picking all rows in their own order is to take them as they are.
+    picking all rows in their own order is to take them as they are. Numbers that leave the tensors altogether would be
+    those of this one batch for ever.
     """
 
     def __init__(self, given: Sequence[Tensor] | None, all_rows: Tensor | None) -> None:
@@ -194,6 +247,8 @@ class _Tracing(OutsideNoise):
     ) -> Any:
         if func is torch.Tensor.item:
             return args[0].detach().double()
+        if func in TAKING_OUT and get_proxy_mode() is not None:
+            raise NotCapturable(f"the program takes values out of tensors by {func.__name__}")
         if func is torch.Tensor.gt and hasattr(args[0], "_pyro_dims"):  # pyro.infer.util.Dice.compute_expectation
             self._mask = func(*args)
             return self._mask
@@ -203,16 +258,22 @@ class _Tracing(OutsideNoise):
         if func is torch.Tensor.masked_select and self._to_pick:
             self._to_pick -= 1
             return torch.where(args[1], args[0], 0)
-        if func is torch.Tensor.__getitem__ and self.all_rows is not None and args[1] is self.all_rows:
-            return args[0]
+        if func is torch.Tensor.__getitem__ and self._takes_all(*args):
+            return args[0].clone()
         if self.outside:
             return super().__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
+    def _takes_all(self, values: Tensor, index: Any) -> bool:
+        return self.all_rows is not None and index is self.all_rows and len(values) == len(index)
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Run programs without what looks at values: Pyro's validation and warnings of NaN, and checks of rows."""
+    """Run programs without what looks at values: Pyro's validation and warnings of NaN, and checks of rows.
+
+    Pyro's switches are those of the process, here as everywhere: fits in several threads of one process are not served.
+    """
     with ExitStack() as stack:
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(unchecked())
@@ -223,21 +284,35 @@ def _quiet() -> Iterator[None]:
 
 def _record(step: PyroStep, programs: Programs, batch: Batch) -> _Recorded:
     """Evaluate the loss once, with its gradient, and note what it takes."""
-    versions = {name: buffer._version for name, buffer in programs.named_buffers()}
+    held, elsewhere = _Held(programs), _numpy_state()
     noise = OutsideNoise()
     with noise, torch.enable_grad(), _beta_of(step, numbers_of_step(step)[-1]):
         loss = programs(batch)
-    changed = [name for name, buffer in programs.named_buffers() if buffer._version != versions.get(name)]
-    if changed:
+    if changed := held.changed():
         raise NotCapturable(f"the program changes its own {', '.join(changed)}")
+    if _numpy_state() != elsewhere:
+        raise NotCapturable("the program draws from NumPy")
     if noise.calls > MOST_CALLS:
         raise NotCapturable(f"the program calls {noise.calls} functions one by one, and a graph of all would be long")
     if not loss.requires_grad:
         raise NotCapturable("the loss has no gradient")
     named = {name: p for name, p in programs.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    trained = [name for name, gradient in zip(named, gradients, strict=True) if gradient is not None]
-    return _Recorded(loss.detach(), noise, trained)
+    found = {name: gradient for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+    return _Recorded(loss.detach(), list(found.values()), noise, list(found))
+
+
+def _numpy_state() -> str:
+    # Python's own generator is no witness: what checks types while tests run draws from it as well.
+    return repr(random_state()["numpy"])
+
+
+def _refuse_other_noise(recorded: OutsideNoise, state: dict[str, Any]) -> None:
+    """Refuse programs that seed the generator themselves: their noise is not what comes next from it."""
+    set_random_state(state)
+    again = [noise.draw() for noise in recorded.asked]
+    if recorded.is_all and any(not torch.equal(a, b) for a, b in zip(again, recorded.values, strict=True)):
+        raise NotCapturable("the program sets the state of the random generator itself")
 
 
 def _capture(step: PyroStep, programs: Programs, batch: Batch, recorded: _Recorded, *, outside: bool) -> StepGraph:
@@ -265,6 +340,8 @@ def _capture(step: PyroStep, programs: Programs, batch: Batch, recorded: _Record
     try:
         with torch.no_grad():
             graph = make_fx(run, tracing_mode="real")(*inputs)
+    except NotCapturable:
+        raise
     except Exception as error:
         raise NotCapturable(reason_of(error)) from error
     _refuse_shapes_by_value(graph)
@@ -284,13 +361,25 @@ def _inputs(
 
 
 def _check(captured: StepGraph, step: PyroStep, programs: Programs, batch: Batch, recorded: _Recorded) -> None:
-    """Hold the captured loss against the eager one; a program that remembers anything in Python shows here."""
-    noise = recorded.noise.values if captured.noise else []
+    """Hold the captured loss and gradient against the eager ones."""
+    noise, count = recorded.noise.values if captured.noise else [], len(captured.trained)
+    tolerance = AGREEMENT.get(batch.x.dtype, 1e-4)
     with torch.no_grad():
-        loss = float(captured.graph(*_inputs(step, programs, batch, captured.trained, captured.constants, noise))[0])
-    expected = float(recorded.loss)
-    if not abs(loss - expected) <= AGREEMENT.get(batch.x.dtype, 1e-4) * max(1.0, abs(expected)):
+        first, *state = captured.graph(*_inputs(step, programs, batch, captured.trained, captured.constants, noise))
+    loss, expected = float(first), float(recorded.loss)
+    if not abs(loss - expected) <= tolerance * max(1.0, abs(expected)):
         raise NotCapturable(f"its graph gives the loss {loss!r} where the program gives {expected!r}")
+    gradients: Sequence[Tensor] = recorded.gradients
+    if step.clip_norm is not None:
+        gradients = _clipped(gradients, step.clip_norm * batch.total)
+    largest = max(float(gradient.abs().max()) for gradient in gradients if gradient.numel())
+    for name, moment, gradient in zip(captured.trained, state[count:], gradients, strict=False):
+        if gradient.numel() == 0:
+            continue
+        # From moments of zero, Adam's first one is that share of the gradient.
+        difference = float((moment / (1 - BETA1) - gradient).abs().max())
+        if not difference <= 10 * tolerance * (float(gradient.abs().max()) + 1e-3 * largest):
+            raise NotCapturable(f"its graph gives another gradient of {name} than the program")
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def run_comparison(
     arguments : mapping, optional
         What makes these data from the name, which the results keep.
     on_fit : callable
-        Called with each fit as it ends.
+        Called with each fit as it ends; with those of seeds that run as one when all of them have.
 
     Raises
     ------
@@ -276,8 +276,8 @@ def _fits(
                 fit.notes.append(f"θ was learned by {learned[fit.seed].method}, which did not converge")
             fits.append(fit)
             on_fit(fit)
-            if fit.interrupted:  # the user wants what there is, not the next fit
-                return fits
+        if any(fit.interrupted for fit in fits):  # the user wants what there is, not the next method
+            return fits
     return fits
 
 

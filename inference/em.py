@@ -1,7 +1,7 @@
 """Expectation maximisation: one loop over statistics that add up.
 
 Several starts go on side by side where the entry takes their E steps in one pass over the rows, and one after the other
-where it does not; their results are the same.
+where it does not; their results are the same but for rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elbozoo.inference.acceleration import Squarem
 from elbozoo.inference.convergence import MonotoneMonitor
-from elbozoo.inference.progress import progress_bar
+from elbozoo.inference.progress import Report, progress_bar
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.isolation import isolated
@@ -27,6 +27,7 @@ from elbozoo.models.contract.passes import SharesPasses, SummarizesRows
 
 RESTARTS_OF_MIXTURES = 10
 RESTART_STREAM = 1_000_003  # keeps the starts of seeds that follow one another apart
+NUMBERS_SIDE_BY_SIDE = 2**20  # in the parameters of all starts that share a pass
 TIE = 1e-9  # relative: log-likelihoods that differ by less are those of the same maximum
 
 Expectations = Callable[[Sequence[Any]], list[Any]]
@@ -76,17 +77,16 @@ def run_em(entry: Entry, x: Tensor, options: EMOptions, *, seed: int, progress: 
     """
     restarts = options.restarts or (RESTARTS_OF_MIXTURES if entry.latent_sites()[0].is_discrete else 1)
     best: EMRun | None = None
+    cut_short = False
     with progress_bar(f"{entry.name()} em", restarts, progress) as report:
-        for ended, run in enumerate(_runs(entry, x, options, restarts, seed), start=1):
+        for run in _runs(entry, x, options, restarts, seed, report):
             if best is None or _is_better(run, best):
                 best = run
-            elif run.interrupted:
-                # Also where an earlier start is the best: the search was cut short.
-                best = best._replace(interrupted=True)
-            report(ended, f"log p(x) {best.log_evidence:.2f}")
+            # Also where a start that had its time is the best: the search was cut short.
+            cut_short |= run.interrupted
     assert best is not None
     entry.load_state_dict(best.state)
-    return best
+    return best._replace(interrupted=cut_short)
 
 
 def expected_statistics(entry: Any, x: Tensor, chunk: int) -> Any:
@@ -106,14 +106,15 @@ def summary_of(entry: SummarizesRows, x: Tensor, chunk: int) -> Any:
     return total
 
 
-def _runs(entry: Entry, x: Tensor, options: EMOptions, restarts: int, seed: int) -> Iterator[EMRun]:
-    """Yield the starts as they end; none after one that the user has interrupted."""
-    side_by_side = isinstance(entry, SharesPasses)
+def _runs(entry: Entry, x: Tensor, options: EMOptions, restarts: int, seed: int, report: Report) -> Iterator[EMRun]:
+    """Yield the starts, group by group; none after one that the user has interrupted."""
+    numbers = sum(parameter.numel() for parameter in entry.parameters())
+    at_once = max(1, NUMBERS_SIDE_BY_SIDE // numbers) if isinstance(entry, SharesPasses) else 1
     expectations = _expectations(entry, x, options.chunk)
-    for first in range(0, restarts, restarts if side_by_side else 1):
-        group = range(first, restarts if side_by_side else first + 1)
+    for first in range(0, restarts, at_once):
+        group = range(first, min(first + at_once, restarts))
         starts = [_started(entry, x, options, seed, restart) for restart in group]
-        _climb(starts, expectations, options.iterations)
+        _climb(starts, expectations, options.iterations, first, report)
         for start in starts:
             yield start.ended(x)
         if any(start.interrupted for start in starts):
@@ -152,7 +153,9 @@ def _added(total: Any, statistics: Any) -> Any:
     return statistics if total is None else type(total)(*map(torch.add, total, statistics))
 
 
-def _climb(starts: Sequence[_Start], expectations: Expectations, iterations: int) -> None:
+def _climb(
+    starts: Sequence[_Start], expectations: Expectations, iterations: int, before_them: int, report: Report
+) -> None:
     """Take EM steps from all ``starts`` until each has converged or has had ``iterations``."""
     active = list(starts)
     with torch.no_grad():
@@ -164,6 +167,7 @@ def _climb(starts: Sequence[_Start], expectations: Expectations, iterations: int
                 for start in judged:
                     start.trajectory.record_exact(seconds, start.monitor.history[-1])
                 active = [start for start in active if not start.converged and start.steps < iterations]
+                report(before_them + len(starts) - len(active), f"log p(x) {max(s.log_evidence for s in starts):.2f}")
         except KeyboardInterrupt:
             for start in active:
                 start.interrupted = True
@@ -198,6 +202,11 @@ class _Start:
     interrupted: bool = False
 
     @property
+    def log_evidence(self) -> float:
+        """Total log p(x) at the last E step that was kept, nats."""
+        return self.monitor.history[-1] if self.monitor.history else -math.inf
+
+    @property
     def steps(self) -> int:
         """Number of E steps so far."""
         return len(self.trajectory.rows)
@@ -221,12 +230,15 @@ class _Start:
         self.squarem.take_back()
 
     def ended(self, x: Tensor) -> EMRun:
-        """Return how it ended."""
+        """Return how it ended, at parameters that an E step has judged."""
+        if self.squarem is not None and self.squarem.has_jumped:
+            self.take_back()
         state = {name: value.clone() for name, value in self.entry.state_dict().items()}
         degeneracy = self.entry.degeneracy(x) if hasattr(self.entry, "degeneracy") else None
         unfinished = None if self.converged or self.interrupted else self.monitor.unfinished()
-        log_evidence = self.monitor.history[-1] if self.monitor.history else -math.inf
-        return EMRun(state, log_evidence, self.trajectory, self.converged, self.interrupted, degeneracy, unfinished)
+        return EMRun(
+            state, self.log_evidence, self.trajectory, self.converged, self.interrupted, degeneracy, unfinished
+        )
 
 
 def _is_better(run: EMRun, best: EMRun) -> bool:

@@ -62,18 +62,19 @@ def make_step(entry: Entry, guide: Guide, objective: Objective, particles: int, 
     return step(entry, guide, objective, particles, options)
 
 
-def step_of_compilation(graph: fx.GraphModule, options: TrainingOptions) -> int | None:
-    """Return the number of steps after which ``graph`` is compiled, or None for never.
+def step_of_compilation(graph: fx.GraphModule, options: TrainingOptions, since: int = 1) -> int | None:
+    """Return the number of steps, ``since`` or later, after which ``graph`` is compiled, or None for never.
 
     Under ``auto`` that is as soon as the steps to come are expected to save more than compilation takes. As many are
     expected again as were taken, where a fit ends at a plateau; so it is thought of each time that they have doubled.
     """
     if options.engine != "auto":
-        return 1 if options.engine == "compiled" else None
+        return since if options.engine == "compiled" else None
     operations = len(_operations(graph))
     saved = (1 - COMPILED_SHARE) * (PER_OPERATION * operations + PER_NUMBER * numbers_written(graph))
     compilation = COMPILATION + COMPILATION_PER_OPERATION * operations
-    counts = itertools.takewhile(lambda count: count < options.steps, (2**power for power in itertools.count()))
+    powers = (2**power for power in itertools.count() if 2**power > since)
+    counts = itertools.takewhile(lambda count: count < options.steps, itertools.chain([since], powers))
     return next((count for count in counts if _steps_to_come(count, options) * saved > compilation), None)
 
 
@@ -141,13 +142,13 @@ def compiled(graph: fx.GraphModule, inputs: Sequence[Tensor], samplers: Sequence
         raise NotCompilable(f"{', '.join(samplers)} cannot take noise from outside")
     if not has_compiler(inputs[0].device):
         raise NotCompilable("found no C++ compiler; install g++ or clang++, or name one by CXX")
-    function = torch.compile(with_narrow_products_as_sums(graph), fullgraph=True, dynamic=False)
     try:
+        function = torch.compile(with_narrow_products_as_sums(graph), fullgraph=True, dynamic=False)
         with torch.no_grad():
             difference = largest_difference(function(*inputs), graph(*inputs))
     except Exception as error:
         raise NotCompilable(reason_of(error)) from error
-    if not difference <= AGREEMENT[inputs[0].dtype]:
+    if not difference <= AGREEMENT.get(inputs[0].dtype, 1e-3):
         raise NotCompilable(f"its code gives numbers that differ from the graph's by {difference:.1g} of their size")
     return function
 

@@ -296,7 +296,7 @@ class _SeedBatch:
             raise NotTogether(f"its step cannot be mapped over seeds: {error}") from error
         self.function = mapped
         options = self.slots[0].state.options
-        self.compile_at = step_of_compilation(mapped, options)
+        self.compile_at = step_of_compilation(mapped, options, since=max(1, self.slots[0].step.count))
 
     def _compile(self, inputs: Sequence[Tensor], seeds: int) -> None:
         self.compile_at = None

@@ -279,7 +279,7 @@ class NormalSearch:
             climbing, state = climbing[~settled], state.select(~settled)
             if len(climbing) == 0:
                 break
-        return Ascent(best, value, len(climbing) == 0 or gain < GAIN)
+        return Ascent(best, value, bool(value.isfinite().all()) and (len(climbing) == 0 or gain < GAIN))
 
     def _iterate(self, state: _State, rows: Tensor, rule: Rule, pace: _Pace) -> tuple[_State, Tensor, Tensor]:
         proposal, valid = self._step(state, pace.sweeps)

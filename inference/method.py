@@ -125,12 +125,17 @@ class Plan:
                 done = _run_together(self, todo, thetas, progress)
                 todo = todo[len(done) :]
                 yield from done
+                if any(fit.interrupted for fit in done):
+                    return
         except NotTogether as refusal:
             reason = str(refusal)
         if len(todo) > 1 and self.method not in SPECIAL:
             logger.info("%s %s: %d seeds run one by one: %s", self.entry.name(), self.label, len(todo), reason)
         for seed in todo:
-            yield self.run(seed, theta=thetas.get(seed), progress=progress)
+            fit = self.run(seed, theta=thetas.get(seed), progress=progress)
+            yield fit
+            if fit.interrupted:
+                return
 
     def model_of(self, seed: int, theta: Entry | None) -> Entry:
         """Return the model at the starting values of ``seed``, or fixed at the parameters of ``theta``."""
@@ -488,15 +493,16 @@ def _refusal_to_run_together(plan: Plan) -> str | None:
     return None
 
 
-def _seeded(plan: Plan, seed: int, theta: Entry | None, logs: ExitStack) -> tuple[_Prepared, SeededFit]:
+def _seeded(
+    plan: Plan, seed: int, theta: Entry | None, x: Tensor, resample: PixelDraws | None, logs: ExitStack
+) -> tuple[_Prepared, SeededFit]:
     """Build the fit of a seed with a generator of its own, which stands where the global one would."""
     entry, generator = plan.model_of(seed, theta), torch.Generator()
     with isolated(seed):
-        prepared = _prepare(plan, entry, plan.x.to(entry.dtype), seed)
+        prepared = _prepare(plan, entry, x, seed)
         generator.set_state(torch.get_rng_state())
     if not unique_parameters(entry, prepared.guide):
         raise NotTogether("nothing is learned")
-    resample = _pixel_draws(plan, entry)
     state = begin(
         entry,
         prepared.guide,
@@ -519,12 +525,14 @@ def _run_together(plan: Plan, seeds: Sequence[int], thetas: Mapping[int, Entry],
     NotTogether
         Where they cannot be run as one.
     """
+    # One copy of the data for all seeds.
+    rows = plan.x.to(plan.entry.dtype), _pixel_draws(plan, plan.entry)
     with ExitStack() as stack:
-        pairs = [_seeded(plan, seeds[0], thetas.get(seeds[0]), stack)]
+        pairs = [_seeded(plan, seeds[0], thetas.get(seeds[0]), *rows, stack)]
         with isolated(seeds[0]):
             graph = graph_of_seeds(pairs[0][1])
         seeds = seeds[: seeds_at_once(graph)]
-        pairs += [_seeded(plan, seed, thetas.get(seed), stack) for seed in seeds[1:]]
+        pairs += [_seeded(plan, seed, thetas.get(seed), *rows, stack) for seed in seeds[1:]]
         first, fits = pairs[0][0], [fit for _, fit in pairs]
         before = time.perf_counter()
         with isolated(seeds[0]):

@@ -52,6 +52,8 @@ class OutsideNoise(TorchFunctionMode):
         What it got.
     calls : int
         Number of functions of PyTorch's that the program has called.
+    is_all : bool
+        Whether every sampler that the program has called takes its noise from here.
     """
 
     def __init__(self, given: Sequence[Tensor] | None = None) -> None:
@@ -59,6 +61,7 @@ class OutsideNoise(TorchFunctionMode):
         self.asked: list[Noise] = []
         self.values: list[Tensor] = []
         self.calls = 0
+        self.is_all = True
         self._given: Iterator[Tensor] | None = None if given is None else iter(given)
 
     def __torch_function__(
@@ -68,7 +71,10 @@ class OutsideNoise(TorchFunctionMode):
         self.calls += 1
         draw = _SAMPLERS.get(func)
         result = None if draw is None else draw(self, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if result is None else result
+        if result is not None:
+            return result
+        self.is_all &= draw is None and func not in _INSIDE
+        return func(*args, **(kwargs or {}))
 
     def take(self, kind: Kind, like: Tensor) -> Tensor:
         """Return noise of the shape, type and device of ``like``."""
@@ -82,7 +88,7 @@ class OutsideNoise(TorchFunctionMode):
 
 
 def _normal_in_place(noise: OutsideNoise, x: Tensor, mean: float = 0.0, std: float = 1.0, **rest: Any) -> Tensor | None:
-    if rest:
+    if rest or not x.is_contiguous():
         return None
     drawn = noise.take("normal", x)
     return x.copy_(drawn if (mean, std) == (0.0, 1.0) else drawn * std + mean)
@@ -91,14 +97,16 @@ def _normal_in_place(noise: OutsideNoise, x: Tensor, mean: float = 0.0, std: flo
 def _uniform_in_place(
     noise: OutsideNoise, x: Tensor, low: float = 0.0, high: float = 1.0, **rest: Any
 ) -> Tensor | None:
-    if rest:
+    if rest or not x.is_contiguous():
         return None
     drawn = noise.take("uniform", x)
     return x.copy_(drawn if (low, high) == (0.0, 1.0) else drawn * (high - low) + low)
 
 
 def _exponential_in_place(noise: OutsideNoise, x: Tensor, rate: float = 1.0, **rest: Any) -> Tensor | None:
-    return None if rest or rate != 1.0 else x.copy_(noise.take("exponential", x))
+    if rest or rate != 1.0 or not x.is_contiguous():
+        return None
+    return x.copy_(noise.take("exponential", x))
 
 
 def _factory(kind: Kind) -> Callable[..., Tensor | None]:
@@ -109,8 +117,10 @@ def _factory(kind: Kind) -> Callable[..., Tensor | None]:
 
 
 def _factory_like(kind: Kind) -> Callable[..., Tensor | None]:
-    def sample(noise: OutsideNoise, x: Tensor, **form: Any) -> Tensor | None:
-        return None if form.keys() - {"dtype", "device"} else noise.take(kind, torch.empty_like(x, **form))
+    def sample(noise: OutsideNoise, input: Tensor, **form: Any) -> Tensor | None:
+        if form.keys() - {"dtype", "device"} or not input.is_contiguous():  # PyTorch fills in the order of memory
+            return None
+        return noise.take(kind, torch.empty_like(input, **form))
 
     return sample
 
@@ -118,22 +128,38 @@ def _factory_like(kind: Kind) -> Callable[..., Tensor | None]:
 def _normal(noise: OutsideNoise, mean: Any, std: Any = 1.0, *rest: Any, **form: Any) -> Tensor | None:
     if rest or form or not (isinstance(mean, Tensor) and isinstance(std, Tensor) and mean.shape == std.shape):
         return None
-    return noise.take("normal", torch.empty_like(mean, memory_format=torch.contiguous_format)) * std + mean
+    # As PyTorch's, without a gradient.
+    drawn = noise.take("normal", torch.empty_like(mean, memory_format=torch.contiguous_format))
+    return drawn * std.detach() + mean.detach()
 
 
-def _bernoulli(noise: OutsideNoise, probs: Tensor, *rest: Any, **form: Any) -> Tensor | None:
+def _bernoulli(noise: OutsideNoise, input: Tensor, *rest: Any, **form: Any) -> Tensor | None:
     if rest or form:
         return None
-    uniform = noise.take("uniform", torch.empty(probs.shape, dtype=probs.dtype, device=probs.device))
-    return (uniform < probs).to(probs.dtype)
+    uniform = noise.take("uniform", torch.empty(input.shape, dtype=input.dtype, device=input.device))
+    return (uniform < input).to(input.dtype)
 
 
-def _multinomial(noise: OutsideNoise, probs: Tensor, draws: int, *rest: Any, **form: Any) -> Tensor | None:
-    if draws != 1 or form.keys() - {"replacement"}:
+def _multinomial(noise: OutsideNoise, input: Tensor, num_samples: int, *rest: Any, **form: Any) -> Tensor | None:
+    if num_samples != 1 or form.keys() - {"replacement"}:
         return None
-    race = noise.take("exponential", torch.empty(probs.shape, dtype=probs.dtype, device=probs.device))
-    return (probs / race).argmax(-1, keepdim=True)
+    race = noise.take("exponential", torch.empty(input.shape, dtype=input.dtype, device=input.device))
+    return (input / race).argmax(-1, keepdim=True)
 
+
+_INSIDE = {
+    torch._standard_gamma,
+    torch._sample_dirichlet,
+    torch.poisson,
+    torch.binomial,
+    torch.Tensor.cauchy_,
+    torch.Tensor.geometric_,
+    torch.Tensor.log_normal_,
+    torch.Tensor.bernoulli_,
+    torch.randint,
+    torch.randperm,
+    torch.nn.functional.dropout,
+}
 
 _SAMPLERS: dict[Any, Callable[..., Tensor | None]] = {
     torch.Tensor.normal_: _normal_in_place,

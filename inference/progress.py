@@ -25,6 +25,9 @@ def progress_bar(title: str, total: int, shown: bool = True) -> Iterator[Report]
     Nothing is written where ``shown`` is false or standard error is not a terminal.
     """
     console = Console(stderr=True)
+    if not (shown and console.is_terminal):
+        yield lambda done, text="": None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -32,7 +35,7 @@ def progress_bar(title: str, total: int, shown: bool = True) -> Iterator[Report]
         TimeElapsedColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total, text="")
 
         def report(done: int, text: str = "") -> None:

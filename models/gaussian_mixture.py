@@ -126,7 +126,7 @@ class GaussianMixture(MixtureEntry):
         spread = x.std(0, correction=0)
         with torch.no_grad():
             self.unit.copy_(spread.square().mean().sqrt() if self.options.covariance == "spherical" else spread)
-            probs = starting_assignments(x / self.unit, self.options.components, restart)
+            probs = starting_assignments((x - x.mean(0)) / self.unit, self.options.components, restart)
             self.means.copy_(x.mean(0).expand_as(self.means))
             self.maximize(self._assigned_statistics(x, probs))
 

@@ -203,9 +203,11 @@ class HiddenMarkovModel(SequenceEntry):
     def expected_statistics(self, x: Tensor) -> BaumWelchStatistics:
         """E step: marginals and transitions of the posterior, and the moments that they weigh (Rabiner 1989, III.C)."""
         expected = markov_chains.expect(*self._log_factors(x))
-        # At padding, where observations are zero, so are the weights.
-        weights = expected.marginals.flatten(0, 1)
-        sums, squares = self.emission.statistics(observations(x).flatten(0, 1), weights)
+        kept = steps_mask(x).flatten()
+        weights, rows = expected.marginals.flatten(0, 1), observations(x).flatten(0, 1)
+        if not kept.all():
+            weights, rows = weights[kept], rows[kept]
+        sums, squares = self.emission.statistics(rows, weights)
         log_evidence, first = expected.log_evidence.sum(), expected.marginals[:, 0].sum(0)
         return BaumWelchStatistics(log_evidence, first, expected.transitions, weights.sum(0), sums, squares)
 

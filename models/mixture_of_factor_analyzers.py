@@ -116,7 +116,7 @@ class MixtureOfFactorAnalyzers(MixtureEntry):
         """Start from k-means (even restarts) or from random rows as centres (odd restarts), with random loadings."""
         with torch.no_grad():
             self.unit.copy_(x.std(0, correction=0))
-            self._start_from(x, starting_assignments(x / self.unit, self.options.components, restart))
+            self._start_from(x, starting_assignments((x - x.mean(0)) / self.unit, self.options.components, restart))
 
     def _start_from(self, x: Tensor, assignments: Tensor) -> None:
         """Take means and variances from assigned rows; random loadings get half of the variance, noise the other."""

@@ -7,11 +7,11 @@ nobody waits for numba who does not need it; the machine code is kept beside the
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
@@ -46,8 +48,13 @@ def compiled(loop: Loop) -> Loop:
 
 @cache
 def is_available() -> bool:
-    """Whether numba is there; a new Python has to wait for it, and everything then runs as plain torch."""
-    return find_spec("numba") is not None
+    """Whether numba is there and works beside the NumPy that is; everything runs as plain torch otherwise."""
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        logger.warning("loops over time run as plain torch, which is slower: %s", str(error).partition("\n")[0])
+        return False
+    return True
 
 
 def suits(values: Tensor) -> bool:
@@ -57,7 +64,8 @@ def suits(values: Tensor) -> bool:
 
 def suits_without_gradient(*values: Tensor) -> bool:
     """Whether loops serve that no gradient passes through: on the CPU, and nobody asks for one."""
-    return suits(values[0]) and not (torch.is_grad_enabled() and any(v.requires_grad for v in values))
+    asked_for = torch.is_grad_enabled() and any(v.requires_grad for v in values)
+    return not asked_for and suits(values[0])
 
 
 def over_sequences(loop: Callable[..., None], sequences: int, work: int, *arrays: Any) -> None:

@@ -258,7 +258,8 @@ def _kernels_by_torch(filtered: Filtered, model: StateSpace, mask: Tensor) -> tu
     if model.diffuse:
         covariance = torch.cat([filtered.start_covariance[:, None], covariance[:, 1:]], 1)
     covariance = torch.where(mask[..., None, None], covariance, identity)
-    return gain, kept @ filtered.mean, torch.linalg.cholesky(covariance)
+    means = (kept @ filtered.mean) * mask[..., None, None]
+    return gain, means, torch.linalg.cholesky(covariance)
 
 
 def rts_smoother(kernels: BackwardKernels) -> Smoothed:

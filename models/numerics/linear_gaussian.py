@@ -102,7 +102,7 @@ def summary_pays(rows: int, columns: int, latent_dim: int) -> bool:
     They cost N D² products, once, and an E step over the rows about 6 N D K: the limit is where some hundred E steps
     would be the same; and D² numbers should be few beside the data.
     """
-    return rows >= 2 * columns and columns <= 600 * latent_dim
+    return rows >= 10 * columns and columns <= 600 * latent_dim
 
 
 def maximize(statistics: LinearGaussianStatistics, loc: Float[Tensor, " d"]) -> LinearGaussianMaximum:

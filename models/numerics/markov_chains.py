@@ -296,10 +296,10 @@ def _run_count(
     emission = log_emission.double()
     largest = emission.amax(-1)
     relative = (emission - finite(largest)[..., None]).exp_()
-    scale, opening = torch.ones_like(largest), torch.zeros_like(largest[:, 0])
-    marginals, pairs = torch.empty_like(relative), emission.new_zeros(sequences, states, states)
+    scale, opening = compiled.blank(largest).fill_(1), compiled.blank(largest[:, 0]).zero_()
+    marginals, pairs = compiled.blank(relative), emission.new_zeros(sequences, states, states)
     given = (log_initial, log_transition.double().exp(), emission[:, 0], relative)
-    # Freshly made and of float64, so that the arrays of the results are the tensors' own memory.
+    # Freshly made, contiguous and of float64, so that the arrays of the results are the tensors' own memory.
     arrays = [compiled.as_array(v) for v in (*given, opening, scale, marginals, pairs)]
     compiled.over_sequences(loops.count, sequences, _work(log_emission), _lengths(steps), *arrays)
     later = torch.where(steps, scale.log_() + largest, 0.0)[:, 1:]

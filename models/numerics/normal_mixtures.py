@@ -32,7 +32,7 @@ from torch import Tensor
 
 from elbozoo.models.numerics.covariances import LOG_2PI, CovarianceKind, Diagonal, Full
 
-MOST_CANCELLATION = 1e5  # errors of about 1e-11 (1 + q) nats
+MOST_CANCELLATION = 1e5  # errors of about 1e-11 (1 + q) nats, in double precision
 FEW_ELEMENTS = 2**16  # numbers in all residuals, rows x components x columns
 CHUNK_ELEMENTS = 2**19  # numbers in the features of a chunk: 4 MiB, which stay in the cache
 
@@ -189,9 +189,10 @@ def expected_statistics(x: Float[Tensor, "n d"], mixtures: NormalMixtures) -> No
     if x.numel() * mixtures.log_weights.numel() <= FEW_ELEMENTS:
         return _of_few_rows(x, mixtures, form)
     work = _Pass(x, mixtures, form)
-    direct = ~(work.cancellation() <= MOST_CANCELLATION)
+    most = MOST_CANCELLATION * torch.finfo(torch.float64).eps / torch.finfo(x.dtype).eps
+    direct = ~(work.cancellation() <= most)
     sums = work.sums(direct)
-    late = ~(work.cancellation_of(sums) <= MOST_CANCELLATION) & ~direct
+    late = ~(work.cancellation_of(sums) <= most) & ~direct
     if late.any():
         sums = work.sums(direct | late)
     return _by_mixture(mixtures, sums.log_evidence, sums.counts, sums.shift, sums.scatter)
@@ -278,7 +279,8 @@ class _Pass:
         indices = direct.nonzero().flatten()
         coefficients = self._coefficients()
         width = coefficients.shape[1]
-        rows = min(len(self.x), max(64, CHUNK_ELEMENTS // width))
+        residuals = len(indices) * self.columns
+        rows = min(len(self.x), max(64, CHUNK_ELEMENTS // max(width, len(coefficients), residuals)))
         features = self.x.new_empty(width, rows)
         features[-1] = 1
         totals, log_evidence = torch.zeros_like(coefficients), self.x.new_zeros(self.repeats)

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Of a column's variance given the others, the part that squaring may lose is this many times the rounding unit.
+# Of a column's variance given the others, the part that squaring may lose is this many times the rounding of doubles.
 MOST_INFLATION = 1e5
 CHUNK_ELEMENTS = 2**18  # numbers in a chunk of rows: 2 MiB, which stay in the cache
 
@@ -107,7 +107,8 @@ def _by_cholesky(x: Tensor, origin: Tensor, size: int) -> Tensor | None:
     lengths = gram.diagonal().sqrt()
     correlations = gram / (lengths[:, None] * lengths)
     factor, info = torch.linalg.cholesky_ex(correlations)
-    if int(info) or not bool(torch.cholesky_inverse(factor).diagonal().max() <= MOST_INFLATION):
+    most = MOST_INFLATION * torch.finfo(torch.float64).eps / torch.finfo(x.dtype).eps
+    if int(info) or not bool(torch.cholesky_inverse(factor).diagonal().max() <= most):
         return None
     return factor.mT * lengths
 

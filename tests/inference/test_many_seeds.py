@@ -211,7 +211,7 @@ def test_a_batch_that_does_not_give_each_seed_its_own_loss_is_not_used(
         return lambda *inputs: [graph(*inputs)[0][:1].expand(2), *graph(*inputs)[1:]]
 
     monkeypatch.setattr(many_seeds, "for_many_seeds", broken)
-    monkeypatch.setattr(many_seeds, "step_of_compilation", lambda *_: None)
+    monkeypatch.setattr(many_seeds, "step_of_compilation", lambda *_, **__: None)
     with caplog.at_level(logging.INFO, "elbozoo"):
         fits = list(prepared("ppca", "mean-field").run_all([0, 1], progress=False))
     assert "a seed has the loss" in caplog.text
@@ -240,6 +240,23 @@ def test_interrupted_seeds_come_back_as_they_are(monkeypatch: pytest.MonkeyPatch
     alone = prepared("ppca", "mean-field", steps=10).run(0, progress=False)
     assert all(fit.interrupted and not fit.converged for fit in fits)
     assert len(fits[0].trajectory) == 10 and difference(fits[0], alone) <= TOLERANCE
+
+
+def test_an_interrupted_comparison_keeps_every_seed_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three fits come back, and no other method begins."""
+    step, count = many_seeds._SeedBatch.step, 0
+
+    def interrupted(self: Any, running: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 10:
+            raise KeyboardInterrupt
+        return step(self, running)
+
+    monkeypatch.setattr(many_seeds._SeedBatch, "step", interrupted)
+    options = {"latent_dim": 2, "engine": "captured", "particles": 1}
+    found = ez.compare("ppca", "iris", methods=["mean-field", "em"], seeds=3, **options)
+    assert [(fit.method, fit.interrupted) for fit in found.fits] == [("mean-field", True)] * 3
 
 
 def test_nothing_is_left_behind() -> None:

@@ -32,9 +32,12 @@ DRAWS: dict[str, Callable[[], Tensor]] = {
     "rand_like": lambda: torch.rand_like(PROBS) + torch.randn_like(PROBS),
     "scaled in place": lambda: torch.empty(30).normal_(1.0, 2.0),
 }
+TURNED = torch.linspace(0.1, 0.9, 12).reshape(3, 4).mT
+DRAWS |= {"keywords": lambda: torch.multinomial(input=PROBS[None], num_samples=1) + torch.bernoulli(input=PROBS)}
 INSIDE: dict[str, Callable[[], Tensor]] = {
     "gamma": lambda: dist.Gamma(torch.ones(9), 1.0).rsample(),
     "poisson": lambda: dist.Poisson(torch.ones(9)).sample(),
+    "other order in memory": lambda: torch.rand_like(TURNED) + torch.empty(3, 4).mT.normal_(),
     "multinomial": lambda: dist.Multinomial(5, torch.ones(4)).sample(),
 }
 
@@ -76,3 +79,12 @@ def test_what_cannot_come_from_outside_is_left_alone(name: str) -> None:
     with OutsideNoise() as noise:
         ours = INSIDE[name]()
     assert not noise.asked and torch.equal(ours, expected)
+
+
+def test_normal_draws_pass_no_gradient_where_pytorchs_pass_none() -> None:
+    """``torch.normal(mean, std)`` cuts it."""
+    mean = torch.ones(3, requires_grad=True)
+    (theirs,) = torch.autograd.grad(torch.normal(mean, torch.ones(3)).sum(), [mean])
+    with OutsideNoise():
+        assert not torch.normal(mean, torch.ones(3, requires_grad=True)).requires_grad
+    assert theirs.tolist() == [0.0] * 3

@@ -607,3 +607,16 @@ def test_numba_is_loaded_by_the_first_loop_and_not_before() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert found.stdout.split() == ["False", "True"]
+
+
+def test_emissions_in_any_layout_give_the_same_moments() -> None:
+    """Log densities whose steps are not contiguous in memory, as those of many columns are: equal to the bit."""
+    with isolated(0):
+        emission = torch.randn(2, 40, 3, dtype=torch.float64)
+        transition = torch.randn(3, 3, dtype=torch.float64).log_softmax(-1)
+    turned = emission.transpose(-1, -2).contiguous().transpose(-1, -2)
+    initial, steps = transition[0], torch.ones(2, 40, dtype=torch.bool)
+    assert turned.stride() != emission.stride()
+    one, other = (markov_chains.expect(initial, transition, each, steps) for each in (emission, turned))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert float((one.marginals.sum(-1) - 1).abs().max()) <= 1e-12
