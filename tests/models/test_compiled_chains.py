@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from elbozoo.models import get_entry
+from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.numerics import compiled, kalman, markov_chains, normals
 from elbozoo.models.numerics.covariances import KINDS
 from elbozoo.models.numerics.kalman import StateSpace
