@@ -17,7 +17,7 @@ from pyro import poutine
 from elbozoo.guides.base import Guide
 from elbozoo.inference.checkpoints import Checkpoints
 from elbozoo.inference.convergence import PlateauMonitor
-from elbozoo.inference.engines import make_step
+from elbozoo.inference.engines import captures, make_step
 from elbozoo.inference.memory import Memory, RandomStates, Remembers, Weights
 from elbozoo.inference.minibatches import Minibatches
 from elbozoo.inference.objectives import WEIGHED_PARTICLES, Objective
@@ -148,7 +148,7 @@ def run_svi(
     """
     if checkpoints is not None and options.engine == "auto":
         # What is compiled depends on the number of steps, which may grow before the fit goes on.
-        options = options.model_copy(update={"engine": "captured" if options.device == "cpu" else "eager"})
+        options = options.model_copy(update={"engine": "captured" if captures(options) else "eager"})
     check_training(objective, guide, options, batch.total)
     if not unique_parameters(entry, guide):
         return SVIResult(Trajectory(is_elbo=True), converged=True, interrupted=False)

@@ -7,7 +7,6 @@ nobody waits for numba who does not need it; the machine code is kept beside the
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
@@ -51,8 +48,7 @@ def is_available() -> bool:
     """Whether numba is there and works beside the NumPy that is; everything runs as plain torch otherwise."""
     try:
         import numba  # noqa: F401
-    except ImportError as error:
-        logger.warning("loops over time run as plain torch, which is slower: %s", str(error).partition("\n")[0])
+    except ImportError:
         return False
     return True
 
