@@ -96,12 +96,8 @@ def capture(step: PyroStep, batch: Batch) -> StepGraph:
     state, held = random_state(), _Held(programs)
     try:
         with _quiet():
-            try:
-                recorded = _record(step, programs, batch)
-            except NotCapturable:
-                raise
-            except Exception as error:  # the eager step has it again, and says it better
-                raise NotCapturable(reason_of(error)) from error
+            with _errors_as_refusals():  # the eager step has them again, and says them better
+                recorded = _record(step, programs, batch, held)
             _refuse_other_noise(recorded.noise, state)
             captured = _capture(step, programs, batch, recorded, outside=True)
             if captured.samplers:  # then all draws stay inside, and come in the order of the eager step's
@@ -168,16 +164,24 @@ def for_many_seeds(graph: fx.GraphModule, is_own: Sequence[bool], examples: Sequ
     """
     dims = tuple(0 if own else None for own in is_own)
     singles = [example[0] if own else example for own, example in zip(is_own, examples, strict=True)]
-    try:
-        with torch.no_grad():
-            pure = _simplified(make_fx(functionalize(graph))(*singles))
-            mapped = make_fx(vmap(pure, in_dims=dims))(*examples)
-    except Exception as error:
-        raise NotCapturable(reason_of(error)) from error
+    with _errors_as_refusals(), torch.no_grad():
+        pure = _simplified(make_fx(functionalize(graph))(*singles))
+        mapped = make_fx(vmap(pure, in_dims=dims))(*examples)
     return _simplified(mapped)
 
 
 # ---- how a step is captured ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _errors_as_refusals() -> Iterator[None]:
+    """Whatever goes wrong in the block says that the step cannot be captured."""
+    try:
+        yield
+    except NotCapturable:
+        raise
+    except Exception as error:
+        raise NotCapturable(reason_of(error)) from error
 
 
 class _Recorded(NamedTuple):
@@ -192,30 +196,27 @@ class _Held:
 
     def __init__(self, programs: Programs) -> None:
         self.programs = programs
-        modules = list(programs.named_modules())
-        self.buffers = {
-            (path, name): (buffer, buffer._version, buffer.clone())
-            for path, module in modules
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        }
-        self.values = {
-            (path, name): value
-            for path, module in modules
-            for name, value in vars(module).items()
-            if type(value) in (int, float, bool, str)
-        }
+        self.buffers = {key: (buffer, buffer._version, buffer.clone()) for key, buffer in self._buffers().items()}
+        self.values = self._values()
 
     def changed(self) -> list[str]:
         """Names of what is not as it was."""
-        now = _Held(self.programs)
+        unknown = (None, None, None)
         of_buffers = [
             key
-            for key, (buffer, version, _) in now.buffers.items()
-            if key not in self.buffers or buffer is not self.buffers[key][0] or version != self.buffers[key][1]
+            for key, buffer in self._buffers().items()
+            if (known := self.buffers.get(key, unknown))[0] is not buffer or known[1] != buffer._version
         ]
-        of_values = [key for key, value in now.values.items() if key not in self.values or value != self.values[key]]
+        of_values = [key for key, value in self._values().items() if self.values.get(key, self) != value]
         return [".".join(filter(None, key)) for key in (*of_buffers, *of_values)]
+
+    def _buffers(self) -> dict[tuple[str, str], Tensor]:
+        modules = self.programs.named_modules()
+        return {(path, name): b for path, module in modules for name, b in module._buffers.items() if b is not None}
+
+    def _values(self) -> dict[tuple[str, str], Any]:
+        kept, modules = (int, float, bool, str), self.programs.named_modules()
+        return {(path, name): v for path, module in modules for name, v in vars(module).items() if type(v) in kept}
 
     def put_back(self) -> None:
         """Make everything as it was."""
@@ -282,10 +283,9 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _record(step: PyroStep, programs: Programs, batch: Batch) -> _Recorded:
+def _record(step: PyroStep, programs: Programs, batch: Batch, held: _Held) -> _Recorded:
     """Evaluate the loss once, with its gradient, and note what it takes."""
-    held, elsewhere = _Held(programs), _numpy_state()
-    noise = OutsideNoise()
+    elsewhere, noise = _numpy_state(), OutsideNoise()
     with noise, torch.enable_grad(), _beta_of(step, numbers_of_step(step)[-1]):
         loss = programs(batch)
     if changed := held.changed():
@@ -337,13 +337,8 @@ def _capture(step: PyroStep, programs: Programs, batch: Batch, recorded: _Record
         return [loss, *(tensor for tensors in zip(*updated, strict=True) for tensor in tensors)]
 
     inputs = _inputs(step, programs, batch, recorded.trained, constants, recorded.noise.values if outside else [])
-    try:
-        with torch.no_grad():
-            graph = make_fx(run, tracing_mode="real")(*inputs)
-    except NotCapturable:
-        raise
-    except Exception as error:
-        raise NotCapturable(reason_of(error)) from error
+    with _errors_as_refusals(), torch.no_grad():
+        graph = make_fx(run, tracing_mode="real")(*inputs)
     _refuse_shapes_by_value(graph)
     graph = _simplified(graph)
     return StepGraph(graph, recorded.trained, constants, recorded.noise.asked if outside else [], _samplers(graph))

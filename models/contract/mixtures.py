@@ -17,6 +17,7 @@ from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.joint import Joint
 from elbozoo.models.contract.options import Field, Options
+from elbozoo.models.numerics.counts import positive
 
 LEAST_ROWS = 0.5
 ROWS_AT_ONCE = 65_536  # so that memory does not grow with the number of rows
@@ -55,7 +56,7 @@ class WeightedSums(NamedTuple):
     def means(self, otherwise: Tensor) -> Tensor:
         """Weighted mean of the rows of each component, (K, D); ``otherwise`` of those that have lost all rows."""
         counts = self.counts[:, None]
-        return torch.where(counts > 0, self.sums / _positive(counts), otherwise)
+        return torch.where(counts > 0, self.sums / positive(counts), otherwise)
 
 
 class MixtureEntry(Entry):
@@ -116,7 +117,7 @@ class MixtureEntry(Entry):
 
     def set_weights(self, counts: Tensor) -> None:
         """M step of π: the share of each component in the rows, Bishop (2006), equation 9.26."""
-        counts = _positive(counts)
+        counts = positive(counts)
         self.weights = counts / counts.sum()
 
     def components_below(self, rows: float, x: Tensor) -> Tensor:
@@ -169,8 +170,3 @@ def _kmeans_labels(x: Tensor, components: int) -> Tensor:
         warnings.simplefilter("ignore", ConvergenceWarning)
         labels = KMeans(components, n_init=1, random_state=seed).fit(x.numpy()).labels_
     return torch.from_numpy(labels).long()
-
-
-def _positive(counts: Tensor) -> Tensor:
-    # What has lost all its rows keeps a share too small to be seen, so that no logarithm is infinite.
-    return counts.clamp(min=torch.finfo(counts.dtype).tiny)

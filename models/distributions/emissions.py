@@ -13,6 +13,7 @@ from elbozoo.models.contract.mixtures import starting_assignments
 from elbozoo.models.contract.options import Field
 from elbozoo.models.contract.sequences import SequenceOptions
 from elbozoo.models.numerics import normals
+from elbozoo.models.numerics.counts import positive
 from elbozoo.models.numerics.covariances import KINDS
 
 LEAST_RATE = 1e-12
@@ -191,7 +192,7 @@ class NormalEmission(nn.Module):
 
     def maximize(self, counts: Tensor, sums: Tensor, squares: Tensor) -> None:
         """Weighted means and covariances, under the floor."""
-        counts = _positive(counts)
+        counts = positive(counts)
         shift = sums / counts[:, None]
         self.factor.copy_(self.kind.maximize(squares, shift, counts, self.unit, self.floor))
         self.means.add_(shift)
@@ -263,7 +264,7 @@ class PoissonEmission(nn.Module):
 
     def maximize(self, counts: Tensor, sums: Tensor, squares: Tensor) -> None:
         """Weighted means of the counts; a state without steps keeps its rates."""
-        log_rates = (sums / _positive(counts)[:, None]).clamp(min=LEAST_RATE).log()
+        log_rates = (sums / positive(counts)[:, None]).clamp(min=LEAST_RATE).log()
         self.log_rates.copy_(torch.where(counts[:, None] > 0, log_rates, self.log_rates))
 
     def collapsed(self, counts: Tensor) -> Tensor:
@@ -368,9 +369,4 @@ def _starting_weights(rows: Tensor, states: int, restart: int) -> Tensor:
 
 def log_shares(counts: Tensor) -> Tensor:
     """Log of the shares of ``counts`` (..., K) in their sum; equal shares where all are zero."""
-    return _positive(counts).log().log_softmax(-1)
-
-
-def _positive(counts: Tensor) -> Tensor:
-    # What was never seen keeps a share too small to be seen, so that no logarithm is infinite.
-    return counts.clamp(min=torch.finfo(counts.dtype).tiny)
+    return positive(counts).log().log_softmax(-1)

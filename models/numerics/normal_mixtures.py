@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from elbozoo.models.numerics.counts import positive
 from elbozoo.models.numerics.covariances import LOG_2PI, CovarianceKind, Diagonal, Full
 
 MOST_CANCELLATION = 1e5  # errors of about 1e-11 (1 + q) nats, in double precision
@@ -263,11 +264,11 @@ class _Pass:
             sums.squares,
         )
         if self.shares_covariance:
-            between = self.form.outer(shift, shift) / _positive(counts)[:, None, None]
+            between = self.form.outer(shift, shift) / positive(counts)[:, None, None]
             scatter = self._pooled(scatter - between, repeat=True)
             counts, squares = self._pooled(counts, repeat=True), self._pooled(squares, repeat=True)
             shift = torch.zeros_like(shift)
-        counts = _positive(counts)
+        counts = positive(counts)
         shape = (-1, *[1] * (scatter.ndim - 1))
         moved = shift / counts[:, None]
         covariance = scatter / counts.reshape(shape) - self.form.outer(moved, moved)
@@ -364,7 +365,3 @@ def _normalise(log_joint: Tensor) -> Tensor:
 def _upper(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     rows, cols = torch.triu_indices(columns, columns, device=device)
     return rows, cols
-
-
-def _positive(counts: Tensor) -> Tensor:
-    return counts.clamp(min=torch.finfo(counts.dtype).tiny)

@@ -224,8 +224,8 @@ def test_a_seed_whose_objective_breaks_down_is_reported(monkeypatch: pytest.Monk
         together("ppca", "mean-field", [0, 1], learning_rate=1e300)
 
 
-def test_interrupted_seeds_come_back_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control-C ends all of them, with what they have learned so far."""
+def interrupt_the_tenth_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Control-C in the tenth step that the seeds take together."""
     step, count = many_seeds._SeedBatch.step, 0
 
     def interrupted(self: Any, running: Any) -> Any:
@@ -236,6 +236,11 @@ def test_interrupted_seeds_come_back_as_they_are(monkeypatch: pytest.MonkeyPatch
         return step(self, running)
 
     monkeypatch.setattr(many_seeds._SeedBatch, "step", interrupted)
+
+
+def test_interrupted_seeds_come_back_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control-C ends all of them, with what they have learned so far."""
+    interrupt_the_tenth_step(monkeypatch)
     fits = together("ppca", "mean-field", [0, 1])
     alone = prepared("ppca", "mean-field", steps=10).run(0, progress=False)
     assert all(fit.interrupted and not fit.converged for fit in fits)
@@ -244,16 +249,7 @@ def test_interrupted_seeds_come_back_as_they_are(monkeypatch: pytest.MonkeyPatch
 
 def test_an_interrupted_comparison_keeps_every_seed_of_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """All three fits come back, and no other method begins."""
-    step, count = many_seeds._SeedBatch.step, 0
-
-    def interrupted(self: Any, running: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 10:
-            raise KeyboardInterrupt
-        return step(self, running)
-
-    monkeypatch.setattr(many_seeds._SeedBatch, "step", interrupted)
+    interrupt_the_tenth_step(monkeypatch)
     options = {"latent_dim": 2, "engine": "captured", "particles": 1}
     found = ez.compare("ppca", "iris", methods=["mean-field", "em"], seeds=3, **options)
     assert [(fit.method, fit.interrupted) for fit in found.fits] == [("mean-field", True)] * 3
