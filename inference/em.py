@@ -11,7 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from elbozoo.inference.acceleration import Squarem
 from elbozoo.inference.convergence import MonotoneMonitor
 from elbozoo.inference.progress import Report, progress_bar
+from elbozoo.inference.rows import Part, Rows, sample_rows
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.isolation import isolated
@@ -30,6 +32,9 @@ RESTART_STREAM = 1_000_003  # keeps the starts of seeds that follow one another 
 NUMBERS_SIDE_BY_SIDE = 2**20  # in the parameters of all starts that share a pass
 TIE = 1e-9  # relative: log-likelihoods that differ by less are those of the same maximum
 
+START_ROWS = 2**16  # that starting values are taken from where the rows are not in memory
+
+T = TypeVar("T")
 Expectations = Callable[[Sequence[Any]], list[Any]]
 
 
@@ -64,22 +69,38 @@ class EMRun(NamedTuple):
         return [note for note in (self.degeneracy, self.unfinished) if note]
 
 
-def run_em(entry: Entry, x: Tensor, options: EMOptions, *, seed: int, progress: bool = True) -> EMRun:
-    """Set θ of ``entry`` to the best of several starts of EM on the rows ``x`` (N, D).
+def run_em(
+    entry: Entry,
+    rows: Tensor | Rows,
+    options: EMOptions,
+    *,
+    seed: int,
+    start: Tensor | None = None,
+    progress: bool = True,
+) -> EMRun:
+    """Set θ of ``entry`` to the best of several starts of EM.
 
     A start without a collapsed component is preferred to one with, and of equals the earlier; the first start is from
     the parameters that ``entry`` has.
+
+    Parameters
+    ----------
+    rows : Tensor (N, D), or Rows
+        The data, wherever they are.
+    start : Tensor (M, D), optional
+        Rows that the other starts take their values from; by default all that are in memory, and else a sample.
 
     Raises
     ------
     NumericalFailure
         If the log-likelihood falls by more than rounding, or is not finite.
     """
+    data = _Data.of(entry, rows, start, seed, options.chunk)
     restarts = options.restarts or (RESTARTS_OF_MIXTURES if entry.latent_sites()[0].is_discrete else 1)
     best: EMRun | None = None
     cut_short = False
     with progress_bar(f"{entry.name()} em", restarts, progress) as report:
-        for run in _runs(entry, x, options, restarts, seed, report):
+        for run in _runs(entry, data, options, restarts, seed, report):
             if best is None or _is_better(run, best):
                 best = run
             # Also where a start that had its time is the best: the search was cut short.
@@ -89,68 +110,93 @@ def run_em(entry: Entry, x: Tensor, options: EMOptions, *, seed: int, progress: 
     return best._replace(interrupted=cut_short)
 
 
-def expected_statistics(entry: Any, x: Tensor, chunk: int) -> Any:
+class _Data(NamedTuple):
+    """The data of a fit: all rows, those that starts take their values from, and how many data there are."""
+
+    rows: Rows
+    start: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, entry: Entry, rows: Tensor | Rows, start: Tensor | None, seed: int, chunk: int) -> _Data:
+        if isinstance(rows, Tensor):
+            return cls(Rows.in_memory(rows), rows if start is None else start, entry.count(rows))
+        return cls(rows, sample_rows(rows, START_ROWS, seed, chunk) if start is None else start, len(rows))
+
+
+def expected_statistics(entry: Any, rows: Tensor | Rows, chunk: int) -> Any:
     """E step over chunks of rows: the sum of the statistics of an entry that supports EM."""
-    total: Any = None
-    for part in x.split(chunk):
-        total = _added(total, entry.expected_statistics(part))
+    (total,) = _total(rows, partial(_statistics, [entry]), _all_added, chunk)
     return total
 
 
-def summary_of(entry: SummarizesRows, x: Tensor, chunk: int) -> Any:
+def summary_of(entry: SummarizesRows, rows: Tensor | Rows, chunk: int) -> Any:
     """Return the entry's summary of the rows, merged over chunks."""
-    total: Any = None
-    for part in x.split(chunk):
-        summary: Any = entry.summarize(part)
-        total = summary if total is None else total.merge(summary)
-    return total
+    return _total(rows, partial(_summary, entry), _merged, chunk)
 
 
-def _runs(entry: Entry, x: Tensor, options: EMOptions, restarts: int, seed: int, report: Report) -> Iterator[EMRun]:
+def _total(rows: Tensor | Rows, of_part: Callable[[Part], T], merge: Callable[[T, T], T], chunk: int) -> T:
+    return (Rows.in_memory(rows) if isinstance(rows, Tensor) else rows).total(of_part, merge, chunk)
+
+
+# What is asked of a part may be asked on another machine, so these are functions of the module, which pickle knows.
+
+
+def _statistics(entries: Sequence[Any], part: Part) -> list[Any]:
+    with torch.no_grad():
+        return [entry.expected_statistics(part.x) for entry in entries]
+
+
+def _statistics_together(entries: Sequence[Any], part: Part) -> list[Any]:
+    with torch.no_grad():
+        return list(entries[0].expected_statistics_together(entries, part.x))
+
+
+def _summary(entry: SummarizesRows, part: Part) -> Any:
+    with torch.no_grad():
+        return entry.summarize(part.x)
+
+
+def _all_added(left: Sequence[Any], right: Sequence[Any]) -> list[Any]:
+    return [type(one)(*map(torch.add, one, other)) for one, other in zip(left, right, strict=True)]
+
+
+def _merged(left: Any, right: Any) -> Any:
+    return left.merge(right)
+
+
+def _runs(entry: Entry, data: _Data, options: EMOptions, restarts: int, seed: int, report: Report) -> Iterator[EMRun]:
     """Yield the starts, group by group; none after one that the user has interrupted."""
     numbers = sum(parameter.numel() for parameter in entry.parameters())
     at_once = max(1, NUMBERS_SIDE_BY_SIDE // numbers) if isinstance(entry, SharesPasses) else 1
-    expectations = _expectations(entry, x, options.chunk)
+    expectations = _expectations(entry, data.rows, options.chunk)
     for first in range(0, restarts, at_once):
         group = range(first, min(first + at_once, restarts))
-        starts = [_started(entry, x, options, seed, restart) for restart in group]
+        starts = [_started(entry, data, options, seed, restart) for restart in group]
         _climb(starts, expectations, options.iterations, first, report)
-        for start in starts:
-            yield start.ended(x)
-        if any(start.interrupted for start in starts):
+        for each in starts:
+            yield each.ended()
+        if any(each.interrupted for each in starts):
             return
 
 
-def _started(entry: Entry, x: Tensor, options: EMOptions, seed: int, restart: int) -> _Start:
+def _started(entry: Entry, data: _Data, options: EMOptions, seed: int, restart: int) -> _Start:
     own = copy.deepcopy(entry)
     if restart > 0:
         with isolated(seed + RESTART_STREAM * restart):
-            own.initialize(x, restart)
+            own.initialize(data.start, restart)
     squarem = Squarem(own) if options.acceleration == "squarem" else None
-    monitor = MonotoneMonitor(options.tolerance, entry.count(x))
+    monitor = MonotoneMonitor(options.tolerance, data.count)
     return _Start(own, monitor, Trajectory(is_elbo=True), squarem)
 
 
-def _expectations(entry: Entry, x: Tensor, chunk: int) -> Expectations:
-    """Return how E steps of several entries on ``x`` are taken: from a summary, in one pass, or one by one."""
-    if isinstance(entry, SummarizesRows) and entry.summary_pays(len(x)):
-        with torch.no_grad():
-            summary = summary_of(entry, x, chunk)
+def _expectations(entry: Entry, rows: Rows, chunk: int) -> Expectations:
+    """Return how E steps of several entries are taken: from a summary, in one pass, or one by one."""
+    if isinstance(entry, SummarizesRows) and entry.summary_pays(len(rows)):
+        summary = summary_of(entry, rows, chunk)
         return lambda entries: [each.expected_statistics_from(summary) for each in entries]
-    if isinstance(entry, SharesPasses):
-        return lambda entries: _together(entries, x, chunk)
-    return lambda entries: [expected_statistics(each, x, chunk) for each in entries]
-
-
-def _together(entries: Sequence[Any], x: Tensor, chunk: int) -> list[Any]:
-    totals: list[Any] = [None] * len(entries)
-    for part in x.split(chunk):
-        totals = list(map(_added, totals, entries[0].expected_statistics_together(entries, part)))
-    return totals
-
-
-def _added(total: Any, statistics: Any) -> Any:
-    return statistics if total is None else type(total)(*map(torch.add, total, statistics))
+    of_part = _statistics_together if isinstance(entry, SharesPasses) else _statistics
+    return lambda entries: rows.total(partial(of_part, entries), _all_added, chunk)
 
 
 def _climb(
@@ -200,6 +246,7 @@ class _Start:
     squarem: Squarem | None
     converged: bool = False
     interrupted: bool = False
+    statistics: Any = None  # of the last E step that was kept
 
     @property
     def log_evidence(self) -> float:
@@ -219,6 +266,7 @@ class _Start:
             self.take_back()
             return
         self.converged = self.monitor.update(log_evidence, jumped=jumped)
+        self.statistics = statistics
         if not self.converged:
             self.entry.maximize(statistics)
             if self.squarem is not None:
@@ -229,12 +277,13 @@ class _Start:
         assert self.squarem is not None
         self.squarem.take_back()
 
-    def ended(self, x: Tensor) -> EMRun:
+    def ended(self) -> EMRun:
         """Return how it ended, at parameters that an E step has judged."""
         if self.squarem is not None and self.squarem.has_jumped:
             self.take_back()
         state = {name: value.clone() for name, value in self.entry.state_dict().items()}
-        degeneracy = self.entry.degeneracy(x) if hasattr(self.entry, "degeneracy") else None
+        is_judged = self.statistics is not None and hasattr(self.entry, "degeneracy")
+        degeneracy = self.entry.degeneracy(self.statistics) if is_judged else None
         unfinished = None if self.converged or self.interrupted else self.monitor.unfinished()
         return EMRun(
             state, self.log_evidence, self.trajectory, self.converged, self.interrupted, degeneracy, unfinished

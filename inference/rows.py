@@ -7,6 +7,7 @@ cluster; what needs the rows themselves, one chunk after the other, takes :meth:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -43,7 +44,8 @@ class Block(Protocol):
         ...
 
 
-class TensorBlock(NamedTuple):
+@dataclass(frozen=True)
+class TensorBlock:
     """Rows in memory."""
 
     x: Tensor
@@ -87,8 +89,8 @@ class Rows:
     def total(self, of_part: Callable[[Part], T], merge: Callable[[T, T], T], chunk: int) -> T:
         """Return ``of_part`` of each part of at most ``chunk`` rows, merged two by two.
 
-        Both are called wherever the rows are, so they hold nothing but what pickle can carry. ``merge`` must not mind
-        in which order it meets what stands side by side.
+        Both are called wherever the rows are, so they hold nothing but what pickle can carry. ``merge`` takes what came
+        of neighbours, the earlier rows first, and may begin anywhere: it must be associative.
         """
         return merged(map(of_part, self.parts(chunk)), merge)
 

@@ -137,6 +137,6 @@ class BernoulliMixture(MixtureEntry):
             self.probs = means.clamp(self.options.floor, 1 - self.options.floor)
             self.set_weights(statistics.counts)
 
-    def degeneracy(self, x: Tensor) -> str | None:
+    def degeneracy(self, statistics: WeightedSums) -> str | None:
         """Say which classes have lost their rows."""
-        return lost_components(self, x)
+        return lost_components(statistics.counts)

@@ -190,13 +190,13 @@ class GaussianMixture(MixtureEntry):
             self.means.add_(shift)
             self.set_weights(counts)
 
-    def degeneracy(self, x: Tensor) -> str | None:
+    def degeneracy(self, statistics: NormalMixtureStatistics) -> str | None:
         """Say which components have collapsed: on the floor, or on too few rows to span the columns."""
         with torch.no_grad():
             relative = self.covariances / (self.unit[:, None] * self.unit)
             least = torch.linalg.eigvalsh(relative)[:, 0]
             needed = self.columns + 1 if self.options.covariance == "full" else 2
-            collapsed = (least < 2 * self.options.floor) | self.components_below(needed, x)
+            collapsed = (least < 2 * self.options.floor) | (statistics.counts < needed)
         if not collapsed.any():
             return None
         names = torch.nonzero(collapsed).flatten().tolist()

@@ -217,10 +217,10 @@ class HiddenMarkovModel(SequenceEntry):
             self.chain.maximize(statistics.first, statistics.transitions)
             self.emission.maximize(statistics.counts, statistics.sums, statistics.squares)
 
-    def degeneracy(self, x: Tensor) -> str | None:
+    def degeneracy(self, statistics: BaumWelchStatistics) -> str | None:
         """Say which states have collapsed: on the floor, or left with too few steps."""
         with torch.no_grad():
-            collapsed = self.emission.collapsed(self.posterior(x).probs.sum((0, 1)))
+            collapsed = self.emission.collapsed(statistics.counts)
         if not collapsed.any():
             return None
         states = torch.nonzero(collapsed).flatten().tolist()

@@ -456,7 +456,7 @@ class LinearGaussianStateSpace(SequenceEntry):
                 self._set_initial(s.start_scatter / s.starts - shift[:, None] * shift)
                 self.initial_mean.add_(shift)
 
-    def degeneracy(self, x: Tensor) -> str | None:
+    def degeneracy(self, statistics: StateSpaceStatistics) -> str | None:
         """Say which columns have lost their noise."""
         with torch.no_grad():
             share = self.noise / self.unit.square()

@@ -188,13 +188,13 @@ class MixtureOfFactorAnalyzers(MixtureEntry):
             self._set_variance(self._pooled(squares, statistics.counts))
             self.set_weights(statistics.counts)
 
-    def degeneracy(self, x: Tensor) -> str | None:
+    def degeneracy(self, statistics: FactorMixtureStatistics) -> str | None:
         """Say which components have collapsed: flat in some direction, or on too few rows to span their plane."""
         with torch.no_grad():
             # L loadings can fill the gap of L columns without noise, a Heywood case, but not of more.
             on_floor = self.variance < 2 * self.options.floor * self.unit.square()
             needed = self.options.latent_dim + 2
-            collapsed = (on_floor.sum(-1) > self.options.latent_dim) | self.components_below(needed, x)
+            collapsed = (on_floor.sum(-1) > self.options.latent_dim) | (statistics.counts < needed)
         if not collapsed.any():
             return None
         names = torch.nonzero(collapsed).flatten().tolist()

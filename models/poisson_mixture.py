@@ -136,9 +136,9 @@ class PoissonMixture(MixtureEntry):
             self._set_rates(statistics.means(otherwise=self.rates))
             self.set_weights(statistics.counts)
 
-    def degeneracy(self, x: Tensor) -> str | None:
+    def degeneracy(self, statistics: WeightedSums) -> str | None:
         """Say which components have lost their rows."""
-        return lost_components(self, x)
+        return lost_components(statistics.counts)
 
     def _set_rates(self, rates: Tensor) -> None:
         excess = rates - self.options.floor

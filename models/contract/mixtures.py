@@ -20,7 +20,6 @@ from elbozoo.models.contract.options import Field, Options
 from elbozoo.models.numerics.counts import positive
 
 LEAST_ROWS = 0.5
-ROWS_AT_ONCE = 65_536  # so that memory does not grow with the number of rows
 
 
 class MixtureOptions(Options):
@@ -120,14 +119,6 @@ class MixtureEntry(Entry):
         counts = positive(counts)
         self.weights = counts / counts.sum()
 
-    def components_below(self, rows: float, x: Tensor) -> Tensor:
-        """Mask (K,) of the components with fewer than ``rows`` expected rows of ``x``."""
-        with torch.no_grad():
-            counts = torch.zeros_like(self.weights)
-            for part in x.split(ROWS_AT_ONCE):
-                counts += self.expected_statistics(part).counts
-        return counts < rows
-
 
 def weighted_sums(x: Tensor, responsibilities: Responsibilities) -> WeightedSums:
     """Weigh the rows ``x`` (N, D) by the responsibilities of each component and add them up."""
@@ -135,9 +126,9 @@ def weighted_sums(x: Tensor, responsibilities: Responsibilities) -> WeightedSums
     return WeightedSums(log_evidence, probs.sum(0), probs.mT @ x)
 
 
-def lost_components(entry: MixtureEntry, x: Tensor) -> str | None:
-    """Say which components have lost their rows: the mixture is then one of fewer components."""
-    lost = entry.components_below(LEAST_ROWS, x)
+def lost_components(counts: Tensor) -> str | None:
+    """Say which components have lost their rows, by the expected number of each (K,): a mixture of fewer is left."""
+    lost = counts < LEAST_ROWS
     if not lost.any():
         return None
     return f"components {lost.nonzero().flatten().tolist()} lost their rows (fewer than {LEAST_ROWS} expected rows)"

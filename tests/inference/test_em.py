@@ -40,7 +40,9 @@ def test_restarts_side_by_side_are_those_one_by_one(covariance: str, monkeypatch
 
     def runs(seed: int) -> list[em.EMRun]:
         entry = cls.from_data(x, components=3, covariance=covariance)
-        return list(em._runs(entry, x, EMOptions(), 6, seed, lambda done, text="": None))
+        return list(
+            em._runs(entry, em._Data.of(entry, x, None, seed, 1), EMOptions(), 6, seed, lambda done, text="": None)
+        )
 
     together, other = runs(0), runs(1)
     best = run_em(cls.from_data(x, components=3, covariance=covariance), x, EMOptions(restarts=6), seed=0)
