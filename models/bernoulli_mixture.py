@@ -40,6 +40,9 @@ References
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 import pyro
 import torch
 from pyro import distributions as dist
@@ -58,6 +61,7 @@ from elbozoo.models.contract.mixtures import (
     starting_sums,
 )
 from elbozoo.models.contract.options import Field
+from elbozoo.models.numerics import linear_mixtures
 
 
 class BernoulliMixtureOptions(MixtureOptions):
@@ -128,7 +132,16 @@ class BernoulliMixture(MixtureEntry):
 
     def expected_statistics(self, x: Tensor) -> WeightedSums:
         """E step: Bishop (2006), equations 9.56 to 9.58, summed over the rows."""
-        return self.weighted_sums(x)
+        return self.expected_statistics_together([self], x)[0]
+
+    @classmethod
+    def expected_statistics_together(cls, entries: Sequence[Self], x: Tensor) -> list[WeightedSums]:
+        """E steps of several mixtures of the same options and data, in one pass over the rows."""
+        with torch.no_grad():
+            slopes = torch.stack([entry.logits for entry in entries])
+            constants = torch.stack([entry.weights.log() + torch.log1p(-entry.probs).sum(-1) for entry in entries])
+            together = linear_mixtures.expected_statistics(x, slopes, constants)
+        return [WeightedSums(*sums) for sums in zip(*together, strict=True)]
 
     def maximize(self, statistics: WeightedSums) -> None:
         """M step: Bishop (2006), equations 9.59 and 9.60, under the floor."""

@@ -47,7 +47,7 @@ from elbozoo.models.contract.factors import refuse_unbounded_factors
 from elbozoo.models.contract.options import Field, Options
 from elbozoo.models.numerics import linear_gaussian
 from elbozoo.models.numerics.linear_gaussian import LinearGaussianStatistics
-from elbozoo.models.numerics.second_moments import SecondMoments, second_moments
+from elbozoo.models.numerics.second_moments import SecondMoments, means_and_deviations, second_moments
 
 
 class FactorAnalysisOptions(Options):
@@ -91,8 +91,9 @@ class FactorAnalysis(Entry):
     def initialize(self, x: Tensor, restart: int = 0) -> None:
         """Start at the data's mean, a random loading of half each column's variance and noise of the other half."""
         with torch.no_grad():
-            self.unit.copy_(x.std(0, correction=0))
-            self.loc.copy_(x.mean(0))
+            mean, deviation = means_and_deviations(x)
+            self.unit.copy_(deviation)
+            self.loc.copy_(mean)
             self.loading.normal_().mul_(self.unit[:, None] / (2 * self.options.latent_dim) ** 0.5)
             self._set_variance(0.5 * self.unit.square())
 

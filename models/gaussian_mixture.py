@@ -57,7 +57,7 @@ from elbozoo.models.contract.mixtures import MixtureEntry, MixtureOptions, start
 from elbozoo.models.contract.options import Field
 from elbozoo.models.numerics.covariances import KINDS
 from elbozoo.models.numerics.normal_mixtures import NormalMixtures, NormalMixtureStatistics, expected_statistics
-from elbozoo.models.numerics.second_moments import second_moments
+from elbozoo.models.numerics.second_moments import means_and_deviations, second_moments
 
 STARTING_ROWS = 4096  # in a chunk of the first M step, whose sums are taken in the direct form
 
@@ -123,11 +123,11 @@ class GaussianMixture(MixtureEntry):
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
         """Start from k-means (even restarts) or from random rows as means (odd restarts)."""
-        spread = x.std(0, correction=0)
         with torch.no_grad():
+            mean, spread = means_and_deviations(x)
             self.unit.copy_(spread.square().mean().sqrt() if self.options.covariance == "spherical" else spread)
-            probs = starting_assignments((x - x.mean(0)) / self.unit, self.options.components, restart)
-            self.means.copy_(x.mean(0).expand_as(self.means))
+            probs = starting_assignments((x - mean) / self.unit, self.options.components, restart)
+            self.means.copy_(mean.expand_as(self.means))
             self.maximize(self._assigned_statistics(x, probs))
 
     def randomize(self) -> None:

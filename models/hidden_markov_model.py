@@ -202,9 +202,11 @@ class HiddenMarkovModel(SequenceEntry):
 
     def expected_statistics(self, x: Tensor) -> BaumWelchStatistics:
         """E step: marginals and transitions of the posterior, and the moments that they weigh (Rabiner 1989, III.C)."""
-        expected = markov_chains.expect(*self._log_factors(x))
-        kept = steps_mask(x).flatten()
-        weights, rows = expected.marginals.flatten(0, 1), observations(x).flatten(0, 1)
+        # Side by side in memory, once for all loops that read them.
+        steps, rows = steps_mask(x), observations(x).flatten(0, 1).contiguous()
+        log_emission = self.emission.log_density(rows).unflatten(0, x.shape[:2])
+        expected = markov_chains.expect(self.chain.log_initial, self.chain.log_transition, log_emission, steps)
+        kept, weights = steps.flatten(), expected.marginals.flatten(0, 1)
         if not kept.all():
             weights, rows = weights[kept], rows[kept]
         sums, squares = self.emission.statistics(rows, weights)

@@ -110,10 +110,6 @@ class MixtureEntry(Entry):
         """E step: a named tuple of sums over the rows, the ``counts`` (K,) of responsibilities among them."""
         raise NotImplementedError(f"{type(self).__name__} has no E step; define expected_statistics(x)")
 
-    def weighted_sums(self, x: Tensor) -> WeightedSums:
-        """E step of components whose mean says all: responsibilities, and the sums that they weigh."""
-        return weighted_sums(x, self.responsibilities(x))
-
     def set_weights(self, counts: Tensor) -> None:
         """M step of π: the share of each component in the rows, Bishop (2006), equation 9.26."""
         counts = positive(counts)

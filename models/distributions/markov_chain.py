@@ -61,11 +61,8 @@ class MarkovChain(TorchDistribution):
         """Draw paths: (*sample_shape, *batch, T) of int64."""
         with torch.no_grad():
             uniform = _uniform(self._extended_shape(sample_shape), self.initial_logits)
-            transition = self.transition_logits.exp()
-            path: list[Tensor] = []
-            for u in uniform.unbind(-1):
-                path.append(_draw(transition[path[-1]] if path else self.initial_logits.exp(), u))
-            return torch.where(self.steps, torch.stack(path, -1), 0)
+            path = markov_chains.draw_path(self.initial_logits.exp(), self.transition_logits.exp(), uniform)
+            return torch.where(self.steps, path, 0)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log p(z) of each path, nats."""
@@ -136,12 +133,8 @@ class SmoothedMarkovChain(TorchDistribution):
         """Draw paths, the last state first (Frühwirth-Schnatter 2006, algorithm 11.5): (*sample_shape, *batch, T)."""
         with torch.no_grad():
             uniform = _uniform(self._extended_shape(sample_shape), self.log_filtered)
-            into = self.transition_logits.mT
-            path: list[Tensor] = []
-            for filtered, u in zip(self.log_filtered.unbind(-2)[::-1], uniform.unbind(-1)[::-1], strict=True):
-                logits = filtered + into[path[-1]] if path else filtered
-                path.append(_draw(logits.softmax(-1), u))
-            return torch.where(self.steps, torch.stack(path[::-1], -1), 0)
+            path = markov_chains.draw_path_back(self.log_filtered, self.transition_logits, uniform)
+            return torch.where(self.steps, path, 0)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log p(z given x) of each path, nats."""
@@ -274,8 +267,3 @@ def _at_states(table: Tensor, value: Tensor) -> Tensor:
 
 def _uniform(shape: torch.Size, like: Tensor) -> Tensor:
     return torch.rand(shape, dtype=like.dtype, device=like.device)
-
-
-def _draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw states (...) from ``probs`` (..., K) by inversion: how many of the first K - 1 cumulative sums lie below."""
-    return (uniform[..., None] >= probs.cumsum(-1)[..., :-1]).sum(-1)

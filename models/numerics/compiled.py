@@ -32,9 +32,18 @@ def compiled(loop: Loop) -> Loop:
 
     Write ``@no_type_check`` below it: what checks shapes while tests run would stand in numba's way.
     """
+    return _made(loop, fastmath=False)
+
+
+def summing(loop: Loop) -> Loop:
+    """Compile like :func:`compiled` a loop whose sums may be taken in any order: several terms at once."""
+    return _made(loop, fastmath={"reassoc", "nsz"})
+
+
+def _made(loop: Loop, fastmath: bool | set[str]) -> Loop:
     from numba import njit
 
-    make: Callable[..., Any] = partial(njit, nogil=True, error_model="numpy")
+    make: Callable[..., Any] = partial(njit, nogil=True, error_model="numpy", fastmath=fastmath)
     made: Loop
     try:
         made = make(cache=True)(loop)
@@ -67,14 +76,14 @@ def suits_without_gradient(*values: Tensor) -> bool:
 def over_sequences(loop: Callable[..., None], sequences: int, work: int, *arrays: Any) -> None:
     """Call ``loop(start, stop, *arrays)`` for ranges that cover all sequences, in as many threads as torch uses.
 
-    Every sequence is computed on its own, so that no figure depends on the number of threads.
+    Every sequence is computed on its own, so that no figure depends on how many threads share them.
 
     Parameters
     ----------
     work : int
         About how many multiplications all sequences take together.
     """
-    threads = min(torch.get_num_threads(), sequences, 1 + work // WORK_OF_A_THREAD, os.cpu_count() or 1)
+    threads = threads_for(sequences, work)
     if threads <= 1:
         loop(0, sequences, *arrays)
         return
@@ -82,6 +91,19 @@ def over_sequences(loop: Callable[..., None], sequences: int, work: int, *arrays
     with ThreadPoolExecutor(threads) as pool:
         tasks = [pool.submit(loop, start, stop, *arrays) for start, stop in pairwise(ends)]
         for task in tasks:
+            task.result()
+
+
+def threads_for(tasks: int, work: int) -> int:
+    """Return how many of torch's threads to use for so many tasks, with about ``work`` multiplications in all."""
+    threads = min(torch.get_num_threads(), tasks, 1 + work // WORK_OF_A_THREAD)
+    return threads if threads <= 1 else min(threads, os.cpu_count() or 1)
+
+
+def at_the_same_time(*calls: Callable[[], None]) -> None:
+    """Make all calls, each in a thread of its own."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for task in [pool.submit(call) for call in calls]:
             task.result()
 
 

@@ -25,7 +25,7 @@ ROUNDING = 4 * 2.0**-52
 
 @compiled
 @no_type_check
-def put(source, target):
+def copy_matrix(source, target):
     """Copy a matrix; assignments to slices would take numba far longer to compile, and so would sums of arrays."""
     for i in range(source.shape[0]):
         for j in range(source.shape[1]):
@@ -34,7 +34,7 @@ def put(source, target):
 
 @compiled
 @no_type_check
-def add(source, factor, target):
+def add_multiple(source, factor, target):
     """Add a multiple of a matrix to another."""
     for i in range(source.shape[0]):
         for j in range(source.shape[1]):
@@ -310,9 +310,9 @@ def kalman(
                 if t > 0 and moves[s, t]:
                     sandwich(transition, covariances[s, before], process, work, predicted)
                 elif t > 0:
-                    put(covariances[s, before], predicted)
+                    copy_matrix(covariances[s, before], predicted)
                 else:
-                    put(first_covariance[s], predicted)
+                    copy_matrix(first_covariance[s], predicted)
                 half = gain_of(predicted, seen_loading, seen_noise, seen, factors[slot], gains[slot])
                 if math.isnan(half):
                     failed[s] = t + 1
@@ -380,8 +380,8 @@ def kalman_slopes(
             for e in range(width):
                 two_sided[c, e] = by_gram[s, c, e] + by_gram[s, e, c]
         for t in range(steps - 1, -1, -1):
-            add(by_means[s, t], 1.0, by_mean[s])
-            add(by_covariances[s, t], 1.0, by_covariance[s])
+            add_multiple(by_means[s, t], 1.0, by_mean[s])
+            add_multiple(by_covariances[s, t], 1.0, by_covariance[s])
             symmetrise(by_covariance[s])
             choose_observed(observed[s, t], loading, noise, seen_loading, seen_noise)
             # The step once more.
@@ -390,11 +390,11 @@ def kalman_slopes(
                 times(transition, means[s, t - 1], mean)
                 sandwich(transition, covariances[s, t - 1], process, work, predicted)
             elif t > 0:
-                put(means[s, t - 1], mean)
-                put(covariances[s, t - 1], predicted)
+                copy_matrix(means[s, t - 1], mean)
+                copy_matrix(covariances[s, t - 1], predicted)
             else:
-                put(first_mean[s], mean)
-                put(first_covariance[s], predicted)
+                copy_matrix(first_mean[s], mean)
+                copy_matrix(first_covariance[s], predicted)
             gain_of(predicted, seen_loading, seen_noise, seen, factor, gain)
             one_less(gain, seen_loading, kept)
             times(seen_loading, mean, innovation)
@@ -412,13 +412,13 @@ def kalman_slopes(
                 for e in range(columns):
                     by_seen[d, e] = -0.5 * by_seen[d, e] - by_log_determinant[s] * inverse[d, e]
             transposed_times(gain, by_mean[s], weighed)
-            add(weighed, 1.0, by_innovation)
+            add_multiple(weighed, 1.0, by_innovation)
             # By G = P' Cᵀ S⁻¹.
             times_transposed(by_mean[s], innovation, by_gain)
             solve_rows(factor, by_gain)
             transposed_times(gain, by_gain, seen)
             symmetrise(seen)
-            add(seen, -1.0, by_seen)
+            add_multiple(seen, -1.0, by_seen)
             transposed_times(by_gain, predicted, by_seen_loading)
             # By P = (1 - G C) P' (1 - G C)ᵀ + G R Gᵀ at a fixed gain.
             times(by_covariance[s], kept, work)
@@ -437,11 +437,11 @@ def kalman_slopes(
                     by_noise[s, d] += total + by_seen[d, d]
             times(by_gain, seen_loading, work)
             symmetrise(work)
-            add(work, 1.0, covariance)
+            add_multiple(work, 1.0, covariance)
             # By S = C P' Cᵀ + R.
             times(by_seen, seen_loading, slope)
             transposed_times(seen_loading, slope, work)
-            add(work, 1.0, covariance)
+            add_multiple(work, 1.0, covariance)
             for d in range(columns):
                 for k in range(states):
                     total = 0.0
@@ -464,16 +464,16 @@ def kalman_slopes(
             # By m' = A m, P' = A P Aᵀ + Q.
             if moved:
                 times_transposed(carried, means[s, t - 1], work)
-                add(work, 1.0, by_transition[s])
+                add_multiple(work, 1.0, by_transition[s])
                 times(covariance, transition, work)
                 times(work, covariances[s, t - 1], square)
-                add(square, 2.0, by_transition[s])
-                add(covariance, 1.0, by_process[s])
+                add_multiple(square, 2.0, by_transition[s])
+                add_multiple(covariance, 1.0, by_process[s])
                 transposed_times(transition, work, by_covariance[s])
                 transposed_times(transition, carried, by_mean[s])
             else:
-                put(covariance, by_covariance[s])
-                put(carried, by_mean[s])
+                copy_matrix(covariance, by_covariance[s])
+                copy_matrix(carried, by_mean[s])
 
 
 @compiled
@@ -524,9 +524,9 @@ def kernels(
                     symmetrise(spread)
                     sandwich(kept, covariances[s, t], spread, work, predicted)
                 elif not (anchored and t == 0):
-                    put(covariances[s, t], predicted)
+                    copy_matrix(covariances[s, t], predicted)
                 if anchored and t == 0:
-                    put(start_covariance[s], predicted)
+                    copy_matrix(start_covariance[s], predicted)
                 if math.isnan(cholesky(predicted, tril[s, t])):
                     failed[s] = t + 1
                     break
@@ -562,7 +562,7 @@ def smooth(start, stop, gain, anchor, shift, tril, first, means, covariances, re
                 period = 0
                 times_transposed(tril[s, t], tril[s, t], own)
                 if t == last:
-                    put(own, covariances[s, t])
+                    copy_matrix(own, covariances[s, t])
                 else:
                     sandwich(gain[s, t], covariances[s, t + 1], own, work, covariances[s, t])
                 lag = mark - t
@@ -580,10 +580,10 @@ def smooth(start, stop, gain, anchor, shift, tril, first, means, covariances, re
                         total += gain[s, t, i, k] * means[s, t + 1, k]
                 means[s, t, i] = total
             if first > 0:
-                put(anchor[s, t], responses[s, t])
+                copy_matrix(anchor[s, t], responses[s, t])
                 if t < last:
                     times(gain[s, t], responses[s, t + 1], work)
-                    add(work, 1.0, responses[s, t])
+                    add_multiple(work, 1.0, responses[s, t])
         for t in range(last):
             for i in range(states):
                 for j in range(states):

@@ -18,6 +18,7 @@ from elbozoo.models.numerics.compiled import compiled
 
 # Terms that underflowed are below 2.3e-308 each, and count for nothing beside a sum of this size.
 SMALL = 1e-280
+BLOCK = 4096  # steps of one sequence that are joined at once
 
 
 @compiled
@@ -262,3 +263,139 @@ def count(start, stop, lengths, log_initial, transition, opening, relative, log_
                 behind[i] = total
                 marginals[s, t - 1, i] = filtered * total
         pairs[s] *= transition
+
+
+@compiled
+@no_type_check
+def count_ahead(lengths, log_initial, transition, opening, relative, log_opening, scale, filtered):
+    """Take the forward pass of :func:`count` alone, for one sequence: fills ``filtered`` (1, T, K) and ``scale``."""
+    states = len(transition)
+    into = transition.T.copy()
+    logs, weight, ahead = np.empty(states), np.empty(states), np.empty(states)
+    log_opening[0] = condition(log_initial, opening[0], logs, weight)
+    filtered[0, 0] = weight
+    for t in range(1, lengths[0]):
+        total = 0.0
+        for k in range(states):
+            mass = 0.0
+            for i in range(states):
+                mass += weight[i] * into[k, i]
+            ahead[k] = mass * relative[0, t, k]
+            total += ahead[k]
+        scale[0, t] = total
+        inverse = 1 / total if total != 0.0 else 0.0
+        for k in range(states):
+            weight[k] = ahead[k] * inverse
+            filtered[0, t, k] = weight[k]
+
+
+@compiled
+@no_type_check
+def count_behind(lengths, transition, relative, behind):
+    """Fill ``behind`` (1, T, K) with p(x_t+1..x_T given z_t), which sums to one at each step but the last."""
+    states = len(transition)
+    weight, mass = np.empty(states), np.empty(states)
+    last = lengths[0] - 1
+    behind[0, last] = 1.0
+    weight[:] = relative[0, last]
+    for t in range(last, 0, -1):
+        total = 0.0
+        for i in range(states):
+            mass[i] = 0.0
+            for j in range(states):
+                mass[i] += transition[i, j] * weight[j]
+            total += mass[i]
+        inverse = 1 / total if total != 0.0 else 0.0
+        for i in range(states):
+            here = mass[i] * inverse
+            behind[0, t - 1, i] = here
+            weight[i] = here * relative[0, t - 1, i]
+
+
+@compiled
+@no_type_check
+def count_joined(start, stop, lengths, transition, relative, scale, filtered, behind, pairs):
+    """Join both passes over one sequence, in blocks of steps that ``start`` and ``stop`` count.
+
+    The two times what was seen at t and after is p(z_t = k given x) but for its sum; and as ``scale`` says how likely
+    x_t was given the past, the same sum is that of the pairs at t - 1 and t.
+
+    Parameters
+    ----------
+    behind : array (1, T, K)
+        Becomes the marginals.
+    pairs : array (blocks, K, K)
+        Become the sums of the pairs over the steps of each block.
+    """
+    states = len(transition)
+    rate = np.empty(states)
+    for block in range(start, stop):
+        pairs[block] = 0.0
+        for t in range(block * BLOCK, min((block + 1) * BLOCK, lengths[0])):
+            total = 0.0
+            for k in range(states):
+                total += filtered[0, t, k] * behind[0, t, k]
+            inverse = 1 / total if total != 0.0 else 0.0
+            if t > 0:
+                by_scale = inverse / scale[0, t] if scale[0, t] != 0.0 else 0.0
+                for k in range(states):
+                    rate[k] = relative[0, t, k] * behind[0, t, k] * by_scale
+                for i in range(states):
+                    before = filtered[0, t - 1, i]
+                    for j in range(states):
+                        pairs[block, i, j] += before * rate[j]
+            for k in range(states):
+                behind[0, t, k] *= filtered[0, t, k] * inverse
+        pairs[block] *= transition
+
+
+@compiled
+@no_type_check
+def draw(start, stop, first, moves, uniform, path):
+    """Draw paths of a chain by inversion of ``uniform`` (S, T).
+
+    Parameters
+    ----------
+    first, moves : array (K - 1,), (K, K - 1)
+        Cumulative probabilities of the first state, and of the next one given each.
+    path : array (S, T)
+        Becomes the paths.
+    """
+    for s in range(start, stop):
+        state = 0
+        for t in range(uniform.shape[1]):
+            drawn = 0
+            for k in range(len(first)):
+                if uniform[s, t] >= (first[k] if t == 0 else moves[state, k]):
+                    drawn += 1
+            state = drawn
+            path[s, t] = state
+
+
+@compiled
+@no_type_check
+def draw_back(start, stop, log_filtered, log_transition, uniform, path):
+    """Draw paths of a chain given its data, the last state first, by inversion of ``uniform`` (R, T).
+
+    Row r is a draw for the sequence r modulo S of ``log_filtered`` (S, T, K).
+    """
+    sequences, steps, states = log_filtered.shape
+    into = log_transition.T.copy()
+    weight = np.empty(states)
+    for r in range(start, stop):
+        s, state = r % sequences, 0
+        for t in range(steps - 1, -1, -1):
+            largest, total = -math.inf, 0.0
+            for i in range(states):
+                weight[i] = log_filtered[s, t, i] + (into[state, i] if t < steps - 1 else 0.0)
+                largest = max(largest, weight[i])
+            for i in range(states):
+                weight[i] = math.exp(weight[i] - largest)
+                total += weight[i]
+            drawn, below = 0, 0.0
+            for i in range(states - 1):
+                below += weight[i] / total
+                if uniform[r, t] >= below:
+                    drawn += 1
+            state = drawn
+            path[r, t] = state

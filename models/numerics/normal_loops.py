@@ -15,7 +15,7 @@ from typing import no_type_check
 
 import numpy as np
 
-from elbozoo.models.numerics.compiled import compiled
+from elbozoo.models.numerics.compiled import compiled, summing
 
 BLOCK = 256
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -85,24 +85,25 @@ def diagonal_moments(start, stop, rows, means, weights, sums, squares):
                     squares[block, k, d] += weight * residual * residual
 
 
-@compiled
+@summing
 @no_type_check
 def full_moments(start, stop, rows, means, weights, sums, squares):
     """Sums over a block's rows of w (x - μ), (blocks, K, D), and w (x - μ)(x - μ)ᵀ, (blocks, K, D, D): zero first."""
     (states, columns), count = means.shape, len(rows)
-    residual = np.empty(columns)
+    residual, weighed = np.empty((columns, BLOCK)), np.empty(BLOCK)
     for block in range(start, stop):
         first, size = block * BLOCK, min(BLOCK, count - block * BLOCK)
         for k in range(states):
-            for r in range(first, first + size):
-                weight = weights[r, k]
-                for d in range(columns):
-                    residual[d] = rows[r, d] - means[k, d]
-                for i in range(columns):
-                    weighed = weight * residual[i]
-                    sums[block, k, i] += weighed
-                    for j in range(i + 1):
-                        squares[block, k, i, j] += weighed * residual[j]
             for i in range(columns):
-                for j in range(i):
-                    squares[block, k, j, i] = squares[block, k, i, j]
+                here, total = residual[i], 0.0
+                for r in range(size):
+                    here[r] = rows[first + r, i] - means[k, i]
+                    weighed[r] = weights[first + r, k] * here[r]
+                    total += weighed[r]
+                sums[block, k, i] = total
+                for j in range(i + 1):
+                    there, total = residual[j], 0.0
+                    for r in range(size):
+                        total += weighed[r] * there[r]
+                    squares[block, k, i, j] = total
+                    squares[block, k, j, i] = total

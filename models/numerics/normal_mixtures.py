@@ -24,6 +24,7 @@ Higham, N. J. (2002). Accuracy and Stability of Numerical Algorithms. SIAM, 2nd 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from elbozoo.models.numerics.counts import positive
 from elbozoo.models.numerics.covariances import LOG_2PI, CovarianceKind, Diagonal, Full
+from elbozoo.models.numerics.linear_mixtures import normalise
 
 MOST_CANCELLATION = 1e5  # errors of about 1e-11 (1 + q) nats, in double precision
 FEW_ELEMENTS = 2**16  # numbers in all residuals, rows x components x columns
@@ -106,10 +108,8 @@ class _Products:
 
     def fill(self, y: Tensor, out: Tensor) -> None:
         """Write the features of second order of the rows ``y`` (D, n) to ``out`` (F, n)."""
-        start = 0
-        for i in range(len(y)):
-            torch.mul(y[i], y[i:], out=out[start : start + len(y) - i])
-            start += len(y) - i
+        for i, (row, place) in enumerate(zip(y, out.split(list(range(len(y), 0, -1))), strict=True)):
+            torch.mul(row, y[i:], out=place)
 
     def precision(self, scale: Tensor) -> Tensor:
         """Return the inverse covariances."""
@@ -191,11 +191,11 @@ def expected_statistics(x: Float[Tensor, "n d"], mixtures: NormalMixtures) -> No
         return _of_few_rows(x, mixtures, form)
     work = _Pass(x, mixtures, form)
     most = MOST_CANCELLATION * torch.finfo(torch.float64).eps / torch.finfo(x.dtype).eps
-    direct = ~(work.cancellation() <= most)
-    sums = work.sums(direct)
-    late = ~(work.cancellation_of(sums) <= most) & ~direct
-    if late.any():
-        sums = work.sums(direct | late)
+    cancel_now = ~(work.cancellation() <= most)
+    sums = work.sums(by_residuals=cancel_now)
+    cancel_after = ~(work.cancellation_of(sums) <= most) & ~cancel_now
+    if cancel_after.any():
+        sums = work.sums(by_residuals=cancel_now | cancel_after)
     return _by_mixture(mixtures, sums.log_evidence, sums.counts, sums.shift, sums.scatter)
 
 
@@ -204,8 +204,8 @@ def _of_few_rows(x: Tensor, mixtures: NormalMixtures, form: _Products | _Squares
     flat = _Flat.of(mixtures)
     exact = _Exact(form, flat.means, flat.scale, flat.log_weights)
     log_joint = exact.log_joint(x)
-    log_evidence = _normalise(log_joint.view(*mixtures.log_weights.shape, len(x)))
-    exact.add(x, log_joint)
+    log_evidence = normalise(log_joint.view(*mixtures.log_weights.shape, len(x)))
+    exact.take_in(x, log_joint)
     return _by_mixture(mixtures, log_evidence, log_joint.sum(-1), exact.shift, exact.scatter)
 
 
@@ -275,9 +275,9 @@ class _Pass:
         found = self._bound(self.form.inverse(covariance, self.floor), (squares / counts[:, None]).sqrt())
         return torch.where(sums.counts > torch.finfo(counts.dtype).tiny, found, 0.0)
 
-    def sums(self, direct: Bool[Tensor, " c"]) -> _Sums:
-        """Sum over all rows, with the direct form where ``direct`` says so."""
-        indices = direct.nonzero().flatten()
+    def sums(self, by_residuals: Bool[Tensor, " c"]) -> _Sums:
+        """Sum over all rows, with the direct form for the components that ``by_residuals`` marks."""
+        indices = by_residuals.nonzero().flatten()
         coefficients = self._coefficients()
         width = coefficients.shape[1]
         residuals = len(indices) * self.columns
@@ -292,10 +292,10 @@ class _Pass:
             log_joint = coefficients @ phi
             if len(indices):
                 log_joint[indices] = exact.log_joint(part)
-            log_evidence += _normalise(log_joint.view(self.repeats, self.components, -1))
+            log_evidence += normalise(log_joint.view(self.repeats, self.components, -1))
             totals.addmm_(log_joint, phi.mT)
             if len(indices):
-                exact.add(part, log_joint[indices])
+                exact.take_in(part, log_joint[indices])
         return self._about_means(log_evidence, totals, indices, exact)
 
     def _fill(self, part: Tensor, phi: Tensor) -> None:
@@ -346,22 +346,14 @@ class _Exact:
         """Log p(x, z = k) of the rows, (U, n)."""
         return self.kind.log_density(part, self.means, self.scale).mT + self.log_weights[:, None]
 
-    def add(self, part: Tensor, responsibilities: Tensor) -> None:
+    def take_in(self, part: Tensor, responsibilities: Tensor) -> None:
         """Add up the rows ``part`` (n, D) by their ``responsibilities`` (U, n)."""
         residual = part - self.means[:, None, :]
         self.shift += (responsibilities[:, None, :] @ residual)[:, 0]
         self.scatter += self.kind.scatter(part, self.means, responsibilities.mT)
 
 
-def _normalise(log_joint: Tensor) -> Tensor:
-    """Turn log p(x, z) (R, K, n) into responsibilities in place, and return the sums of log p(x), (R,)."""
-    largest = log_joint.amax(1, keepdim=True)
-    log_joint.sub_(largest).exp_()
-    total = log_joint.sum(1, keepdim=True)
-    log_joint.div_(total)
-    return (total.log() + largest).sum((1, 2))
-
-
+@cache
 def _upper(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     rows, cols = torch.triu_indices(columns, columns, device=device)
     return rows, cols

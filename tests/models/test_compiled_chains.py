@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from elbozoo.models import get_entry
 from elbozoo.models.contract.isolation import isolated
+from elbozoo.models.distributions.markov_chain import MarkovChain, SmoothedMarkovChain
 from elbozoo.models.numerics import compiled, kalman, markov_chains, normals
 from elbozoo.models.numerics.covariances import KINDS
 from elbozoo.models.numerics.kalman import StateSpace
@@ -263,6 +264,92 @@ def test_nothing_underflows_over_a_million_steps() -> None:
         assert math.exp(truth) == 0.0
 
 
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """As on a machine with so many cores, of which torch uses all, and with threads that cost nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "WORK_OF_A_THREAD", 1)
+        patch.setattr(torch, "get_num_threads", lambda: number)
+        patch.setattr(compiled.os, "cpu_count", lambda: number)
+        yield
+
+
+def from_both_ends(case: Chain, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], int]:
+    """E step of one sequence with two threads, and how often both passes were taken at the same time."""
+    calls: list[int] = []
+    taken = compiled.at_the_same_time
+    with monkeypatch.context() as patch, threads(2):
+        patch.setattr(markov_chains, "WORK_FROM_BOTH_ENDS", 0)
+        patch.setattr(compiled, "at_the_same_time", lambda *both: calls.append(len(both)) or taken(*both))
+        found = list(markov_chains.expect(*case))
+    return found, len(calls)
+
+
+@pytest.mark.parametrize("case", sorted(CHAINS.keys() - {"never back", "rarer than any number", "certain"}))
+def test_one_sequence_from_both_ends(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both passes at the same time give what one after the other gives: to 1e-10, as sums are taken in another order.
+
+    Negative control: log emissions that are turned by one state, where there is a second one that can tell.
+    """
+    initial, transition, emission, steps = CHAINS[case]
+    for s in range(len(emission)):
+        one = initial, transition, emission[s : s + 1], steps[s : s + 1]
+        reference = list(markov_chains.expect(*one))
+        found, taken = from_both_ends(one, monkeypatch)
+        assert taken == int(bool(steps[s].any()) and float(transition.min()) >= math.log(markov_chains.RARE))
+        assert furthest(found, reference, 1.0) <= 1e-10
+        if len(initial) > 1 and case != "flat emissions" and steps[s].any() and reference[0].isfinite().all():
+            turned, _ = from_both_ends((initial, transition, emission[s : s + 1].roll(1, -1), one[3]), monkeypatch)
+            assert furthest(turned, reference, 1.0) > 1e-10
+
+
+def test_both_ends_of_a_million_steps_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing underflows, and every figure is that of one pass after the other, to 1e-10; blocks of steps all count."""
+    case = chain(3, (1_000_000,))
+    reference = list(markov_chains.expect(*case))
+    found, taken = from_both_ends(case, monkeypatch)
+    assert taken == 1
+    assert furthest(found, reference, 1.0) <= 1e-10
+    assert float((found[1].sum(-1) - 1).abs().max()) <= 1e-10
+    # Negative control: one step of a million that says something else.
+    case[2][0, 500_000] = case[2][0, 500_000].roll(1)
+    assert furthest(from_both_ends(case, monkeypatch)[0], reference, 1.0) > 1e-10
+
+
+def paths(case: Chain, seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Three draws of each sequence's path before the data and after them."""
+    initial, transition, _, steps = case
+    log_filtered = markov_chains.forward_filter(*case).log_filtered.to(dtype)
+    before = MarkovChain(initial.to(dtype), transition.to(dtype), steps, validate_args=False)
+    after = SmoothedMarkovChain(log_filtered, transition.to(dtype), steps, validate_args=False)
+    with isolated(seed):
+        return [chain.sample((3,)) for chain in (before, after)]
+
+
+@chains
+def test_paths_are_those_of_plain_torch(case: str) -> None:
+    """The same seed draws the same path, whatever runs the steps; another seed draws another one."""
+    with plain_torch():
+        reference = paths(CHAINS[case], 0)
+    assert all(torch.equal(one, two) for one, two in zip(paths(CHAINS[case], 0), reference, strict=True))
+    with threads(3):
+        assert all(torch.equal(one, two) for one, two in zip(paths(CHAINS[case], 0), reference, strict=True))
+    if case in ("ordinary", "many states", "flat emissions"):
+        assert not torch.equal(paths(CHAINS[case], 1)[0], reference[0])
+        assert not torch.equal(paths(CHAINS["flat emissions"], 1)[1], paths(CHAINS["flat emissions"], 0)[1])
+
+
+def test_paths_in_single_precision_are_those_of_plain_torch() -> None:
+    """Before the data to the bit; after them, where float32 rounds, in all but 1 of 1000 of the steps."""
+    case = chain(4, (3000,), scale=1.0)
+    with plain_torch():
+        reference = paths(case, 0, torch.float32)
+    before, after = paths(case, 0, torch.float32)
+    assert torch.equal(before, reference[0])
+    assert float((after != reference[1]).double().mean()) <= 1e-3
+    assert float((paths(case, 1, torch.float32)[1] != reference[1]).double().mean()) > 1e-3
+
+
 # State spaces --------------------------------------------------------------------------------------------------------
 
 Space = tuple[StateSpace, Tensor, Tensor]
@@ -474,6 +561,52 @@ def test_densities_and_moments_of_rows(full: bool, offset: float, scale: float) 
         assert not one[3].any()
 
 
+def sequences(kind: str, emission: str) -> tuple[Tensor, Any]:
+    """Four sequences of three states, what befalls their rows, and a model that starts on them."""
+    entry = get_entry("hidden-markov-model")
+    x, _ = entry.example(2, seed=1, states=3, emission=emission).simulate(4, seed=2, steps=50)
+    rows = x[..., 1:]
+    if kind == "offset":
+        rows = 1e-3 * rows + 1e6
+    if kind == "tiny and huge":
+        rows = rows * torch.tensor([1e-100, 1e100], dtype=torch.float64)
+    if kind == "outlier":
+        rows[0, 7] = 1e4
+    if kind == "duplicates":
+        rows[1:3] = rows[0, 0]
+    x = torch.cat([x[..., :1], rows], -1)
+    model = entry.from_data(x, states=3, emission=emission)
+    if kind == "empty":
+        with torch.no_grad():
+            model.emission.means[1] += 1e3 * model.emission.unit
+    return x, model
+
+
+def statistics_of(model: Any, x: Tensor) -> dict[str, Tensor]:
+    """Statistics of an E step, in the columns' units."""
+    unit = model.emission.unit
+    with torch.no_grad():
+        found = model.expected_statistics(x)._asdict()
+    found["sums"] = found["sums"] / unit
+    found["squares"] = found["squares"] / (unit.square() if found["squares"].ndim == 2 else unit[:, None] * unit)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["plain", "offset", "tiny and huge", "outlier", "duplicates", "empty"])
+@pytest.mark.parametrize("emission", ["normal", "multivariate-normal"])
+def test_statistics_of_hostile_sequences_are_those_of_plain_torch(emission: str, kind: str) -> None:
+    """Each relative to its largest entry: to 1e-8. Means that are off by a thousandth of a deviation do not pass."""
+    x, model = sequences(kind, emission)
+    with plain_torch():
+        reference = statistics_of(model, x)
+    found = statistics_of(model, x)
+    assert max(distance(found[name], reference[name]) for name in found) <= EQUAL
+    with torch.no_grad():
+        model.emission.means += 1e-3 * model.emission.unit
+    wrong = statistics_of(model, x)
+    assert max(distance(wrong[name], reference[name]) for name in found) > EQUAL
+
+
 @pytest.mark.parametrize("kind", ["normal", "multivariate-normal", "poisson"])
 def test_em_takes_the_steps_of_plain_torch(kind: str) -> None:
     """Eight iterations from one start: log p(x) at each to 1e-8 relative, on data far from zero with an outlier.
@@ -537,6 +670,9 @@ def operations() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield markov_chains._smooth, (filtered.log_filtered, transition, steps)
     yield markov_chains._count, (initial, transition, emission, steps)
     yield markov_chains._viterbi, (initial, transition, emission, steps)
+    uniform = emission[..., 0].sigmoid()
+    yield markov_chains._draw, (initial.exp(), transition.exp(), uniform)
+    yield markov_chains._draw_back, (filtered.log_filtered, transition, uniform)
     case = space(2, 1, (5, 3))
     arguments = given(case)
     found = kalman._kalman(*arguments)
@@ -564,14 +700,12 @@ def test_operations_keep_what_they_say_to_torch() -> None:
         torch.library.opcheck(wrong, (draw(2, 3),), test_utils=("test_faketensor",))
 
 
-def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_change_no_bit() -> None:
     """Of torch's, by which sequences are shared out, and of the caller's."""
     arguments = chain(3, tuple(range(1, 30)))
     alone = markov_chains.expect(*arguments)
-    monkeypatch.setattr(compiled, "WORK_OF_A_THREAD", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(compiled.os, "cpu_count", lambda: 3)
-    shared = markov_chains.expect(*arguments)
+    with threads(3):
+        shared = markov_chains.expect(*arguments)
     with ThreadPoolExecutor(4) as pool:
         others = list(pool.map(lambda _: markov_chains.expect(*arguments), range(8)))
     for found in (shared, *others):

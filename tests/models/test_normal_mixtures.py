@@ -137,7 +137,9 @@ def test_clusters_apart_need_no_direct_form(monkeypatch: pytest.MonkeyPatch) -> 
     asked: list[int] = []
     taken = normal_mixtures._Pass.sums
     monkeypatch.setattr(
-        normal_mixtures._Pass, "sums", lambda self, direct: asked.append(int(direct.sum())) or taken(self, direct)
+        normal_mixtures._Pass,
+        "sums",
+        lambda self, by_residuals: asked.append(int(by_residuals.sum())) or taken(self, by_residuals),
     )
     entry = get_entry("gaussian-mixture").from_data(x, components=10)
     entry.expected_statistics(x)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch import Tensor
 from elbozoo.inference.em import EMOptions, run_em
 from elbozoo.models import get_entry
 from elbozoo.models.numerics import second_moments as module
-from elbozoo.models.numerics.second_moments import SecondMoments, second_moments
+from elbozoo.models.numerics.second_moments import SecondMoments, means_and_deviations, second_moments
 
 COLUMNS = 6
 
@@ -155,6 +155,43 @@ def test_rows_are_passed_over_once(name: str, monkeypatch: pytest.MonkeyPatch) -
         run_em(cls.from_data(rows, latent_dim=2), rows, EMOptions(iterations=5), seed=0, progress=False)
         assert set(seen) == expected
         assert len(seen) == (1 if rows is x else 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["factor-analysis", "ppca"])
+def test_statistics_from_the_moments_are_those_of_the_rows(name: str, kind: str) -> None:
+    """Sums and evidence to 1e-8 of the largest of each, in the columns' units; a row less is another figure."""
+    if name == "ppca" and kind == "units":
+        return  # one noise for columns of 1e-100 and 1e100
+    x = hostile(kind)
+    entry: Any = get_entry(name).from_data(x, latent_dim=2)
+    deviation = means_and_deviations(x)[1]
+
+    def distance(found: Any, truth: Any) -> float:
+        units = [1.0, 1.0, deviation.square(), deviation[:, None], 1.0]
+        pairs = [(f / u, t / u) for f, t, u in zip(found, truth, units, strict=True)]
+        return max(float((f - t).abs().max() / t.abs().max()) for f, t in pairs)
+
+    with torch.no_grad():
+        truth = entry.expected_statistics(x)
+        merged = entry.summarize(x[:1000]).merge(entry.summarize(x[1000:]))
+        for summary in (entry.summarize(x), merged):
+            assert distance(entry.expected_statistics_from(summary), truth) <= 1e-8
+        assert distance(entry.expected_statistics_from(entry.summarize(x[1:])), truth) > 1e-8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_means_and_deviations_equal_extended_precision(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deviations to 1e-9 relative, in chunks of any size; those over N - 1 do not pass."""
+    x = hostile(kind)
+    centred = centred_in_extended_precision(x)
+    truth = np.sqrt((centred**2).mean(0))
+    for elements in (module.CHUNK_ELEMENTS, 100):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
+        mean, deviation = means_and_deviations(x)
+        assert torch.equal(mean, x.mean(0))
+        assert float(np.abs(deviation.numpy() / truth - 1).max()) <= 1e-9
+        assert float(np.abs(x.std(0).numpy() / truth - 1).max()) > 1e-9
 
 
 def test_closed_form_at_an_offset_is_that_of_the_plain_data() -> None:
