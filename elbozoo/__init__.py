@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from elbozoo.inference.fit import Fit  # noqa: F401
     from elbozoo.models.contract.errors import InvalidInput, NumericalFailure  # noqa: F401
     from elbozoo.rate_curve import RateDistortion  # noqa: F401
+    from elbozoo.stored import StoredData  # noqa: F401
     from elbozoo.tables import Dataset  # noqa: F401
 
 _HOMES = {
@@ -53,6 +54,7 @@ _HOMES = {
     "InvalidInput": "elbozoo.models.contract.errors",
     "NumericalFailure": "elbozoo.models.contract.errors",
     "RateDistortion": "elbozoo.rate_curve",
+    "StoredData": "elbozoo.stored",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -16,10 +16,21 @@ import torch
 from torch import Tensor
 
 from elbozoo.datasets import NAMED, list_datasets
-from elbozoo.files import FILE_SUFFIXES, is_array, is_parquet, read_arrays, read_file, read_labels
+from elbozoo.files import (
+    ANY_FILE,
+    FILE_SUFFIXES,
+    is_array,
+    is_parquet,
+    parquet_files,
+    read_arrays,
+    read_file,
+    read_labels,
+)
+from elbozoo.inference.cluster import dask_rows, is_collection
 from elbozoo.models.contract.entry import default_names
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.registry import get_entry
+from elbozoo.stored import STREAM_BYTES, StoredData, Survey, is_stored, look_into, refuse_inexact, survey
 from elbozoo.tables import (
     LEAVE_OUT,
     Columns,
@@ -41,10 +52,11 @@ logger = logging.getLogger(__name__)
 
 SIMULATED_ROWS = 500
 SIMULATE = "simulate:"
-# From here on float64 skips integers, so that different cells could become equal.
-INEXACT_INTEGER = 2**53
-ANY_SOURCE = "a data set's name, simulate:MODEL, a file's path, a DataFrame, an array, a tensor or a Dataset"
-ANY_FILE = "a CSV, Parquet, NPY or NPZ file"
+ANY_SOURCE = (
+    "a data set's name, simulate:MODEL, a file's path, a DataFrame, an array, a tensor, a Dask collection or a Dataset"
+)
+ANY_STORED = "the path of a NPY file, a Parquet file or a folder of Parquet files"
+IN_MEMORY = "read the rows into memory with stream=False or --no-stream"
 CHANNELS = (1, 3, 4)  # of grey, colour, and colour with opacity
 
 
@@ -61,15 +73,17 @@ def load_data(
     split: str | None = None,
     key: str | None = None,
     binarise: str | None = None,
-) -> Dataset:
+    stream: bool | None = None,
+) -> Dataset | StoredData:
     """Load the data that ``source`` stands for.
 
     Parameters
     ----------
-    source : str, path, DataFrame, Series, array, Tensor or Dataset
+    source : str, path, DataFrame, Series, array, Tensor, Dask collection, Dataset or StoredData
         A name from :func:`list_datasets`; ``simulate:MODEL`` for draws from an entry with parameters drawn at random;
         the path of a CSV file (UTF-8, separated by comma, semicolon or tab; decimal commas are read in files with
-        semicolons) or of a Parquet file, each with a header; the path of a NPY or NPZ file; or the numbers
+        semicolons) or of a Parquet file, each with a header; the path of a NPY or NPZ file; the path of a folder of
+        Parquet files with the same columns, which are one table in the order of their names; or the numbers
         themselves, (N, D) or (N,), or images (N, H, W) or (N, C, H, W), which become rows with an ``image_shape``.
         Columns of a file or frame that hold no numbers are left out, which is logged and noted in ``description``;
         booleans become 0 and 1. Arrays and tensors are copied, and their columns are called ``x0``, ``x1``, .... A NPZ
@@ -99,11 +113,16 @@ def load_data(
         Name of the array that holds the rows in a NPZ file; needed where the file does not tell by itself.
     binarise : str, optional
         ``threshold``, ``static`` or ``stochastic``: make the pixels binary, see :meth:`Dataset.binarised`.
+    stream : bool, optional
+        Whether the rows of a NPY file, a Parquet file or a folder of Parquet files stay there and are read part by part
+        when they are needed. By default those do that take more than 512 MiB in float64, unless they are images, or
+        ``keys``, ``missing``, ``missing_labels`` or ``binarise`` ask for what a stream cannot give.
 
     Returns
     -------
-    Dataset
-        In float64, finite but for missing values, with at least two rows; numbers are in the units of the source.
+    Dataset or StoredData
+        In float64, finite but for missing values, with at least two rows; numbers are in the units of the source. A
+        stream finds out that they are finite when it reads them.
 
     Raises
     ------
@@ -111,8 +130,20 @@ def load_data(
         With one line that says what was found, what was expected and what to do.
     """
     _refuse_misplaced(source, rows=rows, root=root, split=split, key=key)
+    asked = {
+        "keys": isinstance(keys, str | int) or len(keys) > 0,
+        "missing": missing,
+        "missing_labels": missing_labels,
+        "key": key is not None,
+        "binarise": binarise is not None,
+    }
+    stored = _stored(source, columns, stream, [name for name, is_asked in asked.items() if is_asked])
+    if stored is not None:
+        return stored
     wanted, how = Wanted(columns, keys, missing, missing_labels), _Place(rows, seed, root, split or "train", key)
     data = _loaded(source, wanted, how)
+    if stream is False and isinstance(source, str | os.PathLike):
+        data = replace(data, arguments=data.arguments | {"stream": False})
     return data if binarise is None else data.binarised(binarise, seed)
 
 
@@ -163,6 +194,93 @@ def _loaded(source: Any, wanted: Wanted, how: _Place) -> Dataset:
     raise InvalidInput(f"found a {type(source).__name__} as data; expected {ANY_SOURCE}; try numpy.asarray(data)")
 
 
+# ---- rows that stay in their files -----------------------------------------------------------------------------------
+
+
+def _stored(source: Any, columns: Columns, stream: bool | None, asked: list[str]) -> StoredData | None:
+    """Return rows that are read when they are needed, and None where all of them are to be read now."""
+    if isinstance(source, StoredData):
+        if asked or stream is False:
+            raise _no_stream(source.name, asked or ["stream=False"])
+        return source.pick(columns)
+    if is_collection(source):
+        return _computed(source, columns, stream, asked)
+    if stream is False:
+        return None
+    if stream is None and (asked or not _is_stored(source)):
+        return None
+    found = _large(source, columns) if stream is None else _whatever_size(source, columns, asked)
+    if found is None:
+        return None
+    if found.note:
+        logger.warning("%s: columns %s", found.where, found.note)
+    return found.data({"stream": True})
+
+
+def _computed(source: Any, columns: Columns, stream: bool | None, asked: list[str]) -> StoredData:
+    """Return the rows of a Dask collection, which may have none missing."""
+    where = f"Dask {type(source).__name__}"
+    # A model that may have missing values does without them.
+    asked = [name for name in asked if name != "missing"]
+    if asked or stream is False:
+        raise _no_stream(where, asked or ["stream=False"])
+    rows = dask_rows(source, [columns] if isinstance(columns, str) else columns)
+    return StoredData(where, rows, list(rows.names), "computed by Dask", is_computed=True)
+
+
+def _is_stored(source: Any) -> bool:
+    return _is_path(source) and os.path.exists(_expanded(source)) and is_stored(_expanded(source))
+
+
+def _is_path(source: Any) -> bool:
+    is_name = isinstance(source, str) and (source in NAMED or source.startswith(SIMULATE))
+    return isinstance(source, str | os.PathLike) and not is_name
+
+
+def _expanded(source: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(source))
+
+
+def _large(source: str | os.PathLike[str], columns: Columns) -> Survey | None:
+    """Return what is at a path if it is large and can be streamed."""
+    try:
+        found = survey(source, columns)
+    except InvalidInput:
+        return None  # reading it into memory takes more, and says what is wrong with what it does not take
+    return found if found.size > STREAM_BYTES else None
+
+
+def _whatever_size(source: Any, columns: Columns, asked: list[str]) -> Survey:
+    """Return what is at a path.
+
+    Raises
+    ------
+    InvalidInput
+        If it cannot be streamed.
+    """
+    if not _is_path(source):
+        what = shown(source) if isinstance(source, str) else f"a {type(source).__name__}"
+        raise InvalidInput(f"found stream=True with {what}; expected it with {ANY_STORED}; leave it out")
+    path = _expanded(source)
+    if not os.path.exists(path):
+        raise _nothing_called(os.fspath(source))
+    if not is_stored(path):
+        raise InvalidInput(
+            f"found stream=True with the file {flat(path.name)}; expected it with {ANY_STORED}; convert the file to "
+            "Parquet with pandas.DataFrame.to_parquet, or leave stream out"
+        )
+    if asked:
+        raise _no_stream(flat(path.name), asked)
+    return survey(path, columns)
+
+
+def _no_stream(where: str, asked: list[str]) -> InvalidInput:
+    return InvalidInput(
+        f"{where}: found {', '.join(asked)} with rows that are streamed; expected numbers as they are stored, since a "
+        f"stream has no labels, missing values or binary pixels; {IN_MEMORY}"
+    )
+
+
 # ---- named and simulated ---------------------------------------------------------------------------------------------
 
 
@@ -197,13 +315,14 @@ def _simulated(source: str, rows: int, seed: int) -> Dataset:
 
 
 def _from_path(source: str, wanted: Wanted, key: str | None) -> Dataset:
-    path = Path(os.path.expanduser(source))
+    path = _expanded(source)
     where = flat(path.name)
     if not os.path.exists(path):
         raise _nothing_called(source)
+    if path.is_dir():
+        return _from_folder(Path(os.path.abspath(path)), wanted)
     if not path.is_file():
-        found = "a directory" if path.is_dir() else "no regular file"
-        raise InvalidInput(f"found {found} at {source!r}; expected {ANY_FILE}; give the path of one file")
+        raise InvalidInput(f"found no regular file at {source!r}; expected {ANY_FILE}; give the path of one")
     is_text = not is_parquet(path)
     try:
         if is_array(path):
@@ -218,6 +337,15 @@ def _from_path(source: str, wanted: Wanted, key: str | None) -> Dataset:
     except OSError as error:
         raise InvalidInput(f"{source!r} cannot be read ({flat(error.strerror or error)}); check the file") from None
     return _from_frame(frame, where, wanted, f"the file {where}")
+
+
+def _from_folder(path: Path, wanted: Wanted) -> Dataset:
+    files, where = parquet_files(path), flat(path.name)
+    look_into(files, wanted.columns)  # refuses those that are not alike
+    frames = [read_file(file, called) for file, called in files]
+    # Names that differ in their spaces are the same in messages and options.
+    alike = [frame.set_axis([flat(name) for name in frame.columns], axis=1) for frame in frames]
+    return _from_frame(pd.concat(alike), where, wanted, f"the folder {where}, {count(len(files), 'file')}")
 
 
 def _from_arrays(path: Path, where: str, wanted: Wanted, key: str | None) -> Dataset:
@@ -304,7 +432,7 @@ def _column_values(column: pd.Series, where: str, required: bool) -> Floats | No
         )
     if pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype):
         values: Floats = column.to_numpy(dtype=np.float64, na_value=np.nan)
-        _refuse_inexact(where, [str(column.name)], values[:, None], pd.api.types.is_integer_dtype(dtype))
+        refuse_inexact(where, [str(column.name)], values[:, None], pd.api.types.is_integer_dtype(dtype))
         return values
     if pd.api.types.is_object_dtype(dtype) or pd.api.types.is_string_dtype(dtype):
         return _cell_values(column, where, required)
@@ -329,7 +457,7 @@ def _cell_values(column: pd.Series, where: str, required: bool) -> Floats | None
     if len(bad):
         return None
     integers = np.array([isinstance(cell, int) for cell in cells])
-    _refuse_inexact(where, [str(column.name)], values[:, None], integers[:, None])
+    refuse_inexact(where, [str(column.name)], values[:, None], integers[:, None])
     return values
 
 
@@ -354,7 +482,7 @@ def _from_array(array: npt.NDArray[Any], where: str, wanted: Wanted, origin: str
     names = wanted.names(where, known, keys)
     picked = rows if names == known else rows[:, [known.index(name) for name in names]]
     values, levels = coded_columns(picked, names, keys, where, wanted.missing_labels)
-    _refuse_inexact(where, names, values, array.dtype.kind in "iu")
+    refuse_inexact(where, names, values, array.dtype.kind in "iu")
     note = f"images of {' x '.join(map(str, image_shape))}" if image_shape else ""
     return Dataset(
         where,
@@ -411,17 +539,7 @@ def _refuse_unequal_shapes(array: npt.NDArray[Any], where: str) -> None:
         )
 
 
-# ---- checks and words ------------------------------------------------------------------------------------------------
-
-
-def _refuse_inexact(where: str, names: list[str], values: Floats, integer: bool | npt.NDArray[np.bool_]) -> None:
-    bad = np.argwhere((np.abs(values) >= INEXACT_INTEGER) & integer)
-    if len(bad):
-        row, column = bad[0]
-        raise InvalidInput(
-            f"{where}: column {names[column]!r}, row {row + 1} holds an integer of about {values[row, column]:.3g}; "
-            f"expected less than 2**53 in size, which float64 holds exactly; rescale it, or {LEAVE_OUT}"
-        )
+# ---- words ------------------------------------------------------------------------------------------------
 
 
 def _first_cells(frame: pd.DataFrame) -> str:

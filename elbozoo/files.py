@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ FILE_SUFFIXES = TABLE_SUFFIXES | ARRAY_SUFFIXES
 ROW_KEYS = ("x", "X", "images", "data", "arr_0")
 LABEL_KEYS = ("y", "labels")
 SEPARATORS = (",", ";", "\t")
+Mapped = np.memmap[Any, np.dtype[Any]]  # an array that lies in a file
+HIDDEN = (".", "_")
+ANY_FILE = "a CSV, Parquet, NPY or NPZ file, or a folder of Parquet files"
 UNNAMED = re.compile(r"Unnamed: \d+")
 
 
@@ -50,6 +54,43 @@ def read_labels(path: Path, where: str, names: Sequence[str]) -> pd.DataFrame:
 def is_parquet(path: Path) -> bool:
     """Whether the name of a file says that it is Parquet."""
     return path.suffix.lower() in PARQUET_SUFFIXES
+
+
+def parquet_files(folder: Path) -> list[tuple[Path, str]]:
+    """Return the Parquet files of a folder in the order of their names, with what messages call them.
+
+    Those of folders such as ``year=2024`` within it belong to it, as Hive and Spark write them. Names that begin with a
+    dot or an underscore are of files that hold no rows.
+
+    Raises
+    ------
+    InvalidInput
+        If there is none, or one in a folder within it that is called otherwise.
+    """
+    try:
+        found = list(_parquet_below(folder))
+    except OSError as error:
+        raise InvalidInput(
+            f"{os.fspath(folder)!r} cannot be read ({flat(error.strerror or error)}); check the folder"
+        ) from None
+    if not found:
+        raise InvalidInput(
+            f"found a directory at {os.fspath(folder)!r} without Parquet files; expected {ANY_FILE}; give another path"
+        )
+    return [(path, flat(path.relative_to(folder.parent))) for path in found]
+
+
+def _parquet_below(folder: Path) -> Iterator[Path]:
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(HIDDEN)):
+        if not path.is_dir():
+            yield from [path] if is_parquet(path) else []
+        elif "=" in path.name:
+            yield from _parquet_below(path)
+        elif any(map(is_parquet, path.iterdir())):
+            raise InvalidInput(
+                f"{flat(folder.name)}: found Parquet files in the folder {path.name!r} within it; expected all of them "
+                "side by side, or in folders such as year=2024; give the path of one folder, or move them"
+            )
 
 
 def is_array(path: Path) -> bool:
@@ -89,6 +130,22 @@ def read_arrays(path: Path, where: str, key: str | None) -> Arrays:
         return Arrays(x, None if labels is None else _labels(lambda: archive[labels], where, labels))
 
 
+def mapped_array(path: Path, where: str) -> Mapped:
+    """Return the array in a NPY file as it lies there, of which only what is looked at is read.
+
+    Raises
+    ------
+    InvalidInput
+        If the file cannot be read, or holds Python objects or several arrays.
+    """
+    array: Any = _loaded(lambda: np.load(path, mmap_mode="r", allow_pickle=False), where)
+    if isinstance(array, np.lib.npyio.NpzFile):
+        array.close()
+        raise InvalidInput(f"{where}: found a NPZ file under this name; expected one array; save it with numpy.save")
+    mapped: Mapped = array
+    return mapped
+
+
 def _labels(load: Callable[[], Any], where: str, name: str) -> Any:
     """Return the labels beside the rows, or None where they cannot be read, since no fit needs them."""
     try:
@@ -103,7 +160,7 @@ def _loaded(load: Callable[[], Any], where: str) -> Any:
         return load()
     # A corrupt file fails anywhere inside NumPy, zipfile and zlib.
     except Exception as error:
-        if "Object arrays cannot be loaded" in str(error):
+        if "Object arrays cannot be loaded" in str(error) or "Python objects in dtype" in str(error):
             raise InvalidInput(
                 f"{where}: found an array of Python objects, as images of unequal shape or text are saved; expected "
                 "numbers, one shape for all rows; resize or crop the images and save numpy.stack(images)"
@@ -147,13 +204,17 @@ def _label_keys(key: str) -> list[str]:
 
 def _read_parquet(path: Path, where: str) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path)
+        return pd.read_parquet(path, partitioning=None)  # a folder called year=2024 on its path is no column of it
     # A corrupt file fails anywhere inside Arrow and pandas, down to a KeyError for their metadata.
     except Exception as error:
-        raise InvalidInput(
-            f"{where} cannot be read as Parquet ({short(flat(error), 120)}); "
-            "expected a whole Parquet file; write it again"
-        ) from None
+        raise corrupt_parquet(where, error) from None
+
+
+def corrupt_parquet(where: str, error: Exception) -> InvalidInput:
+    """Return what to say of a file in which Arrow met an ``error``."""
+    return InvalidInput(
+        f"{where} cannot be read as Parquet ({short(flat(error), 120)}); expected a whole Parquet file; write it again"
+    )
 
 
 def _read_csv(path: Path, where: str, **options: Any) -> pd.DataFrame:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from elbozoo.binarisation import largest
 from elbozoo.inference.heldout import Companions
+from elbozoo.inference.rows import Part, Rows, sample_rows
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.sequences import StackedEntry
+from elbozoo.stored import StoredData
 from elbozoo.tables import Dataset, Split
 
 PARTS = ("validation", "test")
 OWN = "rows of their own"
+SAMPLE_ROWS = 2**16  # that starting values and scales are taken from where the rows are not in memory
+FEW = 2**12  # of those, that stand for all others where a part is looked at
+READ_AT_ONCE = 2**16
 
 
 class Request(NamedTuple):
@@ -50,11 +57,25 @@ class Request(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Rows to fit to, what stands beside them, and what makes them again, by name."""
+    """Rows to fit to, what stands beside them, and what makes them again, by name.
+
+    Attributes
+    ----------
+    rows : Dataset
+        The rows, or a sample of them where they are not in memory.
+    stream : Rows or None
+        All rows where they are not in memory.
+    """
 
     rows: Dataset
     companions: Companions
     arguments: dict[str, Any]
+    stream: Rows | None = None
+
+    @property
+    def total(self) -> int:
+        """Number of rows to fit to."""
+        return self.rows.rows if self.stream is None else len(self.stream)
 
 
 def prepare(
@@ -105,6 +126,54 @@ def prepare(
             _refuse_new_labels(part, split.train, data, [name for name in rows.levels if name != unit])
     tables = {part: None if data is None else data.x for part, data in parts.items()}
     return Prepared(split.train, Companions(**tables, intensities=split.train.intensities), _arguments(rows, request))
+
+
+def prepare_stream(
+    cls: type[Entry] | None,
+    data: StoredData,
+    options: dict[str, Any],
+    request: Request,
+    load: Callable[[Any, Dataset], Dataset],
+) -> Prepared:
+    """Take a sample of rows that are not in memory, and hold every one of them against what the model accepts.
+
+    Raises
+    ------
+    InvalidInput
+        For rows that do not fit the model, and for what is done to rows in memory alone: a share of them set aside,
+        binary pixels drawn of them.
+    """
+    shares = {name: share for name, share in request.shares().items() if share}
+    if shares or request.binarise is not None:
+        found, instead = "binarise", "write binary pixels to the file"
+        if shares:
+            found, instead = next(iter(shares)), "give data of their own, such as the path of another file"
+        raise InvalidInput(
+            f"{data.name}: found {found}={shares.get(found, request.binarise)} with data that are not in memory, "
+            f"expected data that are; {instead}, or load them with load_data(..., stream=False) or --no-stream"
+        )
+    some = sample_rows(data.rows, SAMPLE_ROWS, request.seed, READ_AT_ONCE)
+    sample = Dataset(data.name, some, data.columns, description=data.description)
+    prepared = prepare(cls, sample, options, request, load)
+    if cls is not None:
+        parsed = cls.Options.parse({name: v for name, v in options.items() if name in cls.Options.model_fields})
+        parsed = parsed.at_positions(sample.columns)
+        _check(cls, parsed, some, f"a sample of {len(some)} rows")
+        data.rows.total(partial(_refuse_rows, cls, parsed, sample.x[:FEW]), max, READ_AT_ONCE)
+    return prepared._replace(arguments={**data.arguments, **prepared.arguments}, stream=data.rows)
+
+
+def _refuse_rows(cls: type[Entry], options: Any, some: Tensor, part: Part) -> int:
+    """Hold a part against what the entry accepts; good rows of the sample beside it stand for the others."""
+    _check(cls, options, torch.cat([some, part.x]), f"rows {part.start + 1} to {part.start + len(part.x)}")
+    return part.start + len(part.x)
+
+
+def _check(cls: type[Entry], options: Any, x: Tensor, where: str) -> None:
+    try:
+        cls.check_data(cls.arrange(x, options), options)
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error}") from None
 
 
 def _positions(cls: type[Entry] | None, rows: Dataset, options: dict[str, Any]) -> dict[str, int]:

@@ -40,7 +40,7 @@ SUMMARY_COLUMNS = {
     "kl": "KL(q ‖ posterior)",
 }
 
-LOADING = ("root", "split", "key")  # arguments of load_data; the others are those of compare, too
+LOADING = ("root", "split", "key", "stream")  # arguments of load_data; the others are those of compare, too
 HELDOUT_COLUMNS = {"heldout_elbo": "ELBO", "heldout_log_evidence": "log p(x)"}
 
 AMORTIZATION_REASONS = {
@@ -713,16 +713,18 @@ def _data_source(data: dict[str, Any], rows: int) -> tuple[str, list[str]]:
         picked = data["columns"] != named.loc[name, "columns"]
         words = f"Of the columns of {name}, {data['columns']} were picked: name them with --columns or columns=[...]."
         return repr(name), [words] if picked else []
-    if Path(name).suffix.lower() in FILE_SUFFIXES:
-        return repr(name), ["The data came from a file: give its path, and the same columns if some were picked."]
-    return "x", ["The data came from memory, not from a name or a file: pass the same rows as x."]
+    if Path(name).suffix.lower() in FILE_SUFFIXES or "stream" in data.get("arguments", {}):
+        what = "file" if Path(name).suffix else "folder"
+        return repr(name), [f"The data came from a {what}: give its path, and the same columns if some were picked."]
+    return "x", ["The data came from memory, a folder or Dask, not from a name or a file: pass the same rows as x."]
 
 
 def _command(comparison: Comparison) -> str:
     methods, seeds = ",".join(_asked(comparison)), str(len(_seeds(comparison)))
     command = ["elbozoo", "compare", comparison.model, "--data", str(comparison.data["name"])]
     for name, value in comparison.data.get("arguments", {}).items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
+        flag = name.replace("_", "-")
+        command += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     command += ["--methods", methods, "--seeds", seeds]
     for option, value in comparison.options.items():
         command += ["--set", f"{option}={_value(value)}"]

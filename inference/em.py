@@ -115,7 +115,7 @@ class _Data(NamedTuple):
 
     rows: Rows
     start: Tensor
-    count: int
+    total: int
 
     @classmethod
     def of(cls, entry: Entry, rows: Tensor | Rows, start: Tensor | None, seed: int, chunk: int) -> _Data:
@@ -186,7 +186,7 @@ def _started(entry: Entry, data: _Data, options: EMOptions, seed: int, restart: 
         with isolated(seed + RESTART_STREAM * restart):
             own.initialize(data.start, restart)
     squarem = Squarem(own) if options.acceleration == "squarem" else None
-    monitor = MonotoneMonitor(options.tolerance, data.count)
+    monitor = MonotoneMonitor(options.tolerance, data.total)
     return _Start(own, monitor, Trajectory(is_elbo=True), squarem)
 
 

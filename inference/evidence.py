@@ -114,12 +114,14 @@ def estimate_evidence(weights: Weights) -> Evidence:
     return Evidence(float(per_datum.sum()), error, "estimate", per_datum if len(per_datum) > 1 else None)
 
 
-def evidence_or_estimate(entry: Entry, guide: Guide, x: Tensor, seed: int) -> Evidence | None:
+def evidence_or_estimate(
+    entry: Entry, guide: Guide, x: Tensor, seed: int, particles: int = PARTICLES
+) -> Evidence | None:
     """Return :func:`log_evidence`, or an estimate from draws of the guide; None if the guide has no density."""
     known = log_evidence(entry, x)
     if known is not None or not guide.is_bound:
         return known
-    return estimate_evidence(importance_weights(entry, guide, Batch.full(x), PARTICLES, seed))
+    return estimate_evidence(importance_weights(entry, guide, Batch.full(x), particles, seed))
 
 
 def _exact(entry: HasOracle, x: Tensor) -> Evidence:

@@ -28,8 +28,10 @@ from elbozoo.inference.evidence import log_evidence as known_evidence
 from elbozoo.inference.heldout import ALONE, Companions, check_new_rows, heldout_figures
 from elbozoo.inference.inferencedata import inference_data
 from elbozoo.inference.ledger import Ledger, compute_ledger, elbo_of
+from elbozoo.inference.rows import Rows
 from elbozoo.inference.steps import unique_parameters
 from elbozoo.inference.storage import read_fit, save_fit
+from elbozoo.inference.streamed import streamed_evidence, streamed_ledger
 from elbozoo.inference.weights import importance_weights
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, HasClosedForm, HasOracle
@@ -92,13 +94,15 @@ class Fit:
     guide_options : GuideOptions
         Options of the guide.
     shape : tuple of int
-        Shape of the data of the fit, arranged.
+        Shape of the data of the fit, arranged; of the sample that starts were taken from where they are not in memory.
     notes : list of str
         What a reader of the figures should know, such as collapsed components.
     provenance : dict
         Versions of the libraries, platform and threads.
     x : Tensor or None
-        The data of the fit, arranged, float64; None after :meth:`load`.
+        The data of the fit, arranged, float64; None after :meth:`load` and where they are not in memory.
+    rows : Rows or None
+        The data of the fit where they are not in memory.
     validation : DataFrame or None
         The curve of the validation rows, where one was asked for: step, objective, elbo; nats per datum.
     companions : Companions
@@ -121,6 +125,7 @@ class Fit:
     notes: list[str] = field(default_factory=list)
     provenance: dict[str, str] = field(default_factory=provenance)
     x: Tensor | None = None
+    rows: Rows | None = None
     validation: pd.DataFrame | None = None
     companions: Companions = ALONE
 
@@ -134,6 +139,8 @@ class Fit:
 
         Returns NaN for a q without a density, which bounds nothing.
         """
+        if self._streamed(x) is not None:
+            return self.full_ledger().elbo
         rows = self._rows(x)
         if not self.guide.is_bound:
             return math.nan
@@ -176,6 +183,9 @@ class Fit:
                 seed=self._stream,
                 **options,
             )
+        streamed = self._streamed(x)
+        if streamed is not None:
+            return streamed_evidence(self.entry, self.guide, streamed, self._stream)
         return evidence_or_estimate(self.entry, self.guide, self._rows(x), self._stream)
 
     def anatomy(self, x: Any = None, **options: Any) -> Anatomy:
@@ -191,7 +201,7 @@ class Fit:
 
     def known_evidence(self) -> Evidence | None:
         """Return log p(x) of the data of the fit as far as it depends on the model alone, not on q."""
-        return known_evidence(self.entry, self._rows(None))
+        return None if self._streamed(None) is not None else known_evidence(self.entry, self._rows(None))
 
     def ledger(self, x: Any = None, *, best_known: float = math.nan) -> pd.Series:
         """Return the ledger of the rows ``x`` (N, D), or of the data of the fit: nats, total.
@@ -208,6 +218,11 @@ class Fit:
 
     def full_ledger(self, x: Any = None, *, best_known: float = math.nan, evidence: Evidence | None = None) -> Ledger:
         """Return :meth:`ledger` as a typed record; ``evidence`` is log p(x) of these rows where it is known."""
+        streamed = self._streamed(x)
+        if streamed is not None:
+            return streamed_ledger(
+                self.entry, self.guide, streamed, self.guide_options, seed=self._stream, best_known=best_known
+            )
         rows = self._rows(x)
         if math.isnan(best_known):
             best_known = closed_form_evidence(self.entry, rows)
@@ -319,8 +334,17 @@ class Fit:
     def _weights(self, x: Tensor) -> Any:
         return importance_weights(self.entry, self.guide, Batch.full(x), PARTICLES, self._stream)
 
+    def _streamed(self, x: Any) -> Rows | None:
+        """Return the data of the fit where figures of them are asked for and they are not in memory."""
+        return self.rows if x is None and self.x is None else None
+
     def _rows(self, x: Any) -> Tensor:
         if x is None:
+            if self.rows is not None and self.x is None:
+                raise InvalidInput(
+                    f"found the {len(self.rows)} rows of the fit, which are not in memory, expected some to look at; "
+                    "pass rows x"
+                )
             if self.x is None:
                 raise InvalidInput("a loaded fit does not carry its data; pass the rows x")
             return self.x

@@ -6,8 +6,8 @@ best log p(x) = ELBO + amortization gap + approximation gap + learning gap
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,10 @@ from elbozoo.models.contract.errors import NumericalFailure
 from elbozoo.models.contract.groups import GroupEntry
 from elbozoo.models.contract.isolation import isolated
 
+KINDS = ("exact", "quadrature", "estimate", None)  # of the evidence, from the best to none at all
 BOUND_Z = 6.0
 ROUNDING = 1e-9
+KHAT_DRAWS = 100  # below which the tail that k-hat is fitted to would have too few of them
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,25 @@ class Ledger:
     denoising_elbo: float
     denoising_elbo_se: float
 
+    def merge(self, other: Ledger) -> Ledger:
+        """Return the ledger of the rows of both, of other draws each."""
+        sums = ("elbo", "log_evidence", "gap", "approximation_gap", "amortization_gap", "learning_gap", "kl")
+        errors = ("elbo_se", "log_evidence_se", "kl_se", "denoising_elbo_se")
+        together = self.rows + other.rows
+        figures: dict[str, Any] = {
+            **{name: getattr(self, name) + getattr(other, name) for name in (*sums, "denoising_elbo")},
+            **{name: math.hypot(getattr(self, name), getattr(other, name)) for name in errors},
+        }
+        return replace(
+            self,
+            **figures,
+            log_evidence_kind=max(self.log_evidence_kind, other.log_evidence_kind, key=KINDS.index),
+            khat_max=max(self.khat_max, other.khat_max),
+            khat_share=(self.khat_share * self.rows + other.khat_share * other.rows) / together,
+            best_member_converged=self.best_member_converged and other.best_member_converged,
+            rows=together,
+        )
+
     def as_dict(self) -> dict[str, float | str | bool | None]:
         """Return the figures by name."""
         return asdict(self)
@@ -102,6 +123,8 @@ def compute_ledger(
     seed: int,
     best_known: float = math.nan,
     evidence: Evidence | None = None,
+    particles: int = PARTICLES,
+    search: bool = True,
 ) -> Ledger:
     """Compute the ledger of ``guide`` at the θ of ``entry`` on the rows ``x`` (N, D), float64.
 
@@ -111,6 +134,11 @@ def compute_ledger(
         Largest log p(x) known on these rows, total nats.
     evidence : Evidence, optional
         log p(x) at this θ where it has been computed before.
+    particles : int
+        Draws of q of each datum; k-hat is told from 100 of them upwards.
+    search : bool
+        Whether to search for the best member of the guide's family where it has to be searched for, which takes by far
+        the most time; the gap is not divided otherwise.
 
     Raises
     ------
@@ -119,22 +147,22 @@ def compute_ledger(
     """
     evidence = evidence or log_evidence(entry, x)
     if not guide.is_bound:
-        return _without_bound(evidence, best_known, entry.count(x))
-    weights = importance_weights(entry, guide, Batch.full(x), PARTICLES, seed)
+        return without_bound(evidence, best_known, entry.count(x))
+    weights = importance_weights(entry, guide, Batch.full(x), particles, seed)
     elbo, elbo_se = elbo_of(entry, guide, x, weights)
     evidence = evidence or estimate_evidence(weights)
     check_bound(elbo, elbo_se, evidence)
     denoising, denoising_se = denoising_elbo(entry, guide, x, seed)
     if not math.isnan(denoising):
         check_bound(denoising, denoising_se, evidence)
-    best = _best_elbo(entry, guide, x, options, seed, elbo)
+    best = _best_elbo(entry, guide, x, options, seed, elbo, search)
     if evidence.kind == "estimate" and best.weights is not None:
         # Both are lower bounds, and a better q draws the better one.
         evidence = max(evidence, estimate_evidence(best.weights), key=lambda estimate: estimate.value)
     gap = evidence.value - elbo
     approximation = 0.0 if best.is_posterior else evidence.value - best.elbo
     kl = kl_to_posterior(entry, guide, x, seed + 1)
-    khat = k_hat(weights)
+    khat = k_hat(weights) if particles >= KHAT_DRAWS else None
     return Ledger(
         elbo=elbo,
         elbo_se=elbo_se,
@@ -207,20 +235,27 @@ class _BestELBO(NamedTuple):
     weights: Weights | None = None
 
 
-def _best_elbo(entry: Entry, guide: Guide, x: Tensor, options: GuideOptions, seed: int, elbo: float) -> _BestELBO:
-    # The categorical family over one finite latent contains every posterior.
-    is_posterior = guide.is_discrete and len(entry.latent_sites(x)) == 1 and guide.is_local
-    if guide.family == "posterior" or is_posterior:
+def _best_elbo(
+    entry: Entry, guide: Guide, x: Tensor, options: GuideOptions, seed: int, elbo: float, search: bool
+) -> _BestELBO:
+    if holds_posterior(guide, entry, x):
         return _BestELBO(is_posterior=True)
     if not guide.is_local:
         # One q for the whole data set leaves nothing to amortize: the gap is the family's and the optimiser's.
         return _BestELBO(elbo)
-    best = _best(entry, guide, x, options)
+    best = _best(entry, guide, x, options) if search else None
     if best is None:
         return _BestELBO()
     # The same seed gives both the same draws, so that their difference has little noise.
     weights = importance_weights(entry, best.guide, Batch.full(x), PARTICLES, seed)
     return _BestELBO(elbo_of(entry, best.guide, x, weights)[0], converged=best.converged, weights=weights)
+
+
+def holds_posterior(guide: Guide, entry: Entry, x: Tensor) -> bool:
+    """Whether the posterior is a member of the guide's family: its best one, which nobody has to search for."""
+    # The categorical family over one finite latent contains every posterior.
+    is_any = guide.is_discrete and len(entry.latent_sites(x)) == 1 and guide.is_local
+    return guide.family == "posterior" or is_any
 
 
 def _best(entry: Entry, guide: Guide, x: Tensor, options: GuideOptions) -> BestMember | None:
@@ -237,7 +272,8 @@ def _best(entry: Entry, guide: Guide, x: Tensor, options: GuideOptions) -> BestM
     return best_member(entry, guide.family, x, options, start=members)
 
 
-def _without_bound(evidence: Evidence | None, best_known: float, rows: int) -> Ledger:
+def without_bound(evidence: Evidence | None, best_known: float, rows: int) -> Ledger:
+    """Return the ledger of a q without a density: what there is to say about the evidence of so many ``rows``."""
     nan = math.nan
     value = evidence.value if evidence else nan
     return Ledger(

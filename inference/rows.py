@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -114,17 +115,14 @@ def sample_rows(rows: Rows, count: int, seed: int, chunk: int) -> Tensor:
     """Draw ``count`` different rows uniformly, in their order, (count, D); all of them if there are no more."""
     generator = torch.Generator().manual_seed(seed)
     wanted = torch.randperm(len(rows), generator=generator)[:count].sort().values
-    return torch.cat(rows.total(_Wanted(wanted), _side_by_side, chunk))
+    return torch.cat(rows.total(partial(_wanted, wanted), _side_by_side, chunk))
 
 
-class _Wanted(NamedTuple):
-    """Picks the rows at some positions out of a part."""
-
-    positions: Tensor
-
-    def __call__(self, part: Part) -> list[Tensor]:
-        first, last = torch.searchsorted(self.positions, torch.tensor([part.start, part.start + len(part.x)])).tolist()
-        return [part.x[self.positions[first:last] - part.start]]
+def _wanted(positions: Tensor, part: Part) -> list[Tensor]:
+    """Return the rows of a part at some positions in the data set, in ascending order."""
+    ends = torch.tensor([part.start, part.start + len(part.x)])
+    first, last = torch.searchsorted(positions, ends).tolist()
+    return [part.x[positions[first:last] - part.start]]
 
 
 def _side_by_side(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:

@@ -19,9 +19,10 @@ from elbozoo.inference.checkpoints import Checkpoints
 from elbozoo.inference.convergence import PlateauMonitor
 from elbozoo.inference.engines import captures, make_step
 from elbozoo.inference.memory import Memory, RandomStates, Remembers, Weights
-from elbozoo.inference.minibatches import Minibatches
+from elbozoo.inference.minibatches import Minibatches, Order, StreamedMinibatches
 from elbozoo.inference.objectives import WEIGHED_PARTICLES, Objective
 from elbozoo.inference.progress import progress_bar
+from elbozoo.inference.rows import Rows
 from elbozoo.inference.steps import Step, unique_parameters
 from elbozoo.inference.training import DECAY, PLATEAUS, WINDOW, TrainingOptions
 from elbozoo.inference.trajectory import Trajectory
@@ -43,7 +44,7 @@ class TrainingState:
     entry, guide : Entry, Guide
         As they are after the step.
     batch : Batch
-        The whole data set of the fit.
+        The whole data set of the fit, or a sample of streamed rows under the size of the whole.
     options : TrainingOptions
         Options of the fit.
     step : Step
@@ -52,7 +53,7 @@ class TrainingState:
         When the step size falls and the fit ends.
     trajectory : Trajectory
         The record so far.
-    minibatches : Minibatches
+    minibatches : Order
         The rows that are still to come.
     """
 
@@ -63,13 +64,18 @@ class TrainingState:
     step: Step
     schedule: Schedule
     trajectory: Trajectory
-    minibatches: Minibatches
+    minibatches: Order
+
+    @property
+    def count(self) -> int:
+        """Number of data by which totals become figures per datum: rows of the table."""
+        return self.batch.total if _is_sample(self.batch) else self.entry.count(self.batch.x)
 
     def take_in(self, loss: float, seconds: float, log_evidence: float, observers: Sequence[Observer]) -> bool:
         """Record a step that took so long, show it to the observers, and return whether the fit ends here."""
         count = len(self.trajectory.rows)
         self.trajectory.record(seconds, -loss, log_evidence)
-        per_datum = -loss / self.entry.count(self.batch.x)
+        per_datum = -loss / self.count
         # Every observer sees every step, whatever the others say.
         return any([self.schedule.is_done(self.step, per_datum, count), *[see(self) for see in observers]])
 
@@ -127,6 +133,7 @@ def run_svi(
     *,
     progress: bool = True,
     observers: Sequence[Observer] = (),
+    rows: Rows | None = None,
     resample: Callable[[Batch], Batch] | None = None,
     checkpoints: Checkpoints | None = None,
     make_step: Callable[[Entry, Guide, Objective, int, TrainingOptions], Step] = make_step,
@@ -136,7 +143,8 @@ def run_svi(
     Must be called inside :func:`~elbozoo.models.contract.isolation.isolated`, which gives the seed. With
     ``checkpoints`` it goes on where they stand, and ends with the bits of a run that was never stopped.
 
-    Where ``resample`` is given it makes the rows of each minibatch anew, and ``batch`` holds one such draw: the
+    Where ``rows`` are given, minibatches are read from them, and ``batch`` holds a sample of them under the size of the
+    whole. Where ``resample`` is given it makes the rows of each minibatch anew, and ``batch`` holds one such draw: the
     evidence along the way, which would be that of other rows than the objective's, is then left out.
 
     Raises
@@ -152,7 +160,9 @@ def run_svi(
     check_training(objective, guide, options, batch.total)
     if not unique_parameters(entry, guide):
         return SVIResult(Trajectory(is_elbo=True), converged=True, interrupted=False)
-    state = begin(entry, guide, objective, batch, options, resample=resample is not None, make_step=make_step)
+    state = begin(
+        entry, guide, objective, batch, options, rows=rows, resample=resample is not None, make_step=make_step
+    )
     trajectory = state.trajectory
     if checkpoints is not None:
         standing = checkpoints.resume(state.parts(observers), options.steps)
@@ -190,16 +200,19 @@ def begin(
     batch: Batch,
     options: TrainingOptions,
     *,
+    rows: Rows | None = None,
     resample: bool = False,
     generator: torch.Generator | None = None,
     make_step: Callable[[Entry, Guide, Objective, int, TrainingOptions], Step] = make_step,
 ) -> TrainingState:
     """Return a fit before its first step; its minibatches come in an order drawn from ``generator``."""
     is_elbo = objective.is_elbo and guide.is_bound and not isinstance(entry, Corrupts)
-    trajectory = Trajectory(is_elbo, None if resample else _oracle(entry, batch))
+    trajectory = Trajectory(is_elbo, None if resample or _is_sample(batch) else _oracle(entry, batch))
     size = _batch_size(objective, guide, batch, options)
     schedule = Schedule(options, epoch=batch.total // size, moving=objective.moving_steps(options))
-    minibatches = Minibatches(batch, size, generator)
+    minibatches: Order = Minibatches(batch, size, generator)
+    if rows is not None:
+        minibatches = StreamedMinibatches(rows, batch.x, size, generator)
     step = make_step(entry, guide, objective, _particles(objective, guide, batch, options), options)
     return TrainingState(entry, guide, batch, options, step, schedule, trajectory, minibatches)
 
@@ -289,6 +302,11 @@ def _particles(objective: Objective, guide: Guide, batch: Batch, options: Traini
         return 1
     many = batch.x.numel() <= MANY_CELLS and (not guide.is_discrete or options.gradient == "score")
     return MANY_PARTICLES if many else 1
+
+
+def _is_sample(batch: Batch) -> bool:
+    """Whether a batch stands for more rows than it holds."""
+    return len(batch.x) < batch.total
 
 
 def _needs_all_rows(objective: Objective, guide: Guide) -> bool:
