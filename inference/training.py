@@ -43,3 +43,8 @@ class TrainingOptions(ObjectiveOptions):
         description="what runs a step: Pyro as it is, the step captured once as a graph, or that graph compiled to "
         "machine code; auto takes the one that ends first by the size of the step and the number of steps",
     )
+    processes: int = Field(
+        1,
+        ge=1,
+        description="processes that share each step's rows, by Lightning Fabric; batch_size is each one's",
+    )
