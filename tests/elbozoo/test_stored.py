@@ -498,7 +498,7 @@ def test_command_line_fits_the_same_to_a_stream(
         command = ["elbozoo", "fit", "gaussian-mixture", "--data", str(tmp_path / "folder"), "--columns", "b,a"]
         settings = ["--set", f"components={components}", "--set", "restarts=1"]
         monkeypatch.setattr(sys, "argv", [*command, "--method", "em", *settings, "--json", *options])
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             main()
         document: dict[str, Any] = json.loads(capsys.readouterr().out)
         return document

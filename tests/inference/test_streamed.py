@@ -327,14 +327,14 @@ def test_a_streamed_fit_is_saved_and_loaded(tmp_path: Path) -> None:
     fit = streamed("ppca", x, "amortized", latent_dim=1, steps=5)
     loaded = ez.load_fit(fit.save(tmp_path / "fit"))
     assert loaded.elbo(x[:10]) == fit.elbo(x[:10])
-    with pytest.raises(InvalidInput, match="300 rows of the fit, which are not in memory, .* pass rows x"):
+    with pytest.raises(InvalidInput, match=r"300 rows of the fit, which are not in memory, .* pass rows x"):
         fit.transform()
     with pytest.raises(InvalidInput, match="does not carry its data"):
         loaded.transform()
     assert fit.transform(x[:10]).shape == (10, 1)
 
 
-# ---- what does not stream ---------------------------------------------------------------------------------------------
+# ---- what does not stream --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
