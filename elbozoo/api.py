@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from elbozoo.data import Dataset, list_datasets, load_data
 from elbozoo.files import TABLE_SUFFIXES
 from elbozoo.guides import registry as guides
 from elbozoo.inference.checkpoints import EVERY
+from elbozoo.inference.cluster import ClusterRows, connected, is_collection
 from elbozoo.inference.comparison import run_comparison
 from elbozoo.inference.fit import Fit
 from elbozoo.inference.method import (
     SCHEMA_TITLES,
     default_methods,
+    default_methods_of_streams,
     method_names,
     plan,
     program_entry,
@@ -28,13 +32,15 @@ from elbozoo.inference.method import (
 )
 from elbozoo.inference.rate_distortion import WEIGHTS, run_rate_distortion
 from elbozoo.inference.records import Records
+from elbozoo.inference.rows import Rows
 from elbozoo.inference.storage import writable_directory
 from elbozoo.models.contract.entry import Entry, capabilities
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.options import Options, is_position
 from elbozoo.models.contract.registry import entry_names, get_entry, list_models
-from elbozoo.preparation import Prepared, Request, prepare
+from elbozoo.preparation import Prepared, Request, prepare, prepare_stream
 from elbozoo.rate_curve import RateDistortion, curve_from_results
+from elbozoo.stored import StoredData
 from elbozoo.tutorials import write_tutorial
 
 __all__ = [
@@ -122,6 +128,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = EVERY,
     tensorboard: str | Path | None = None,
+    scheduler: Any = None,
     progress: bool = True,
     **options: Any,
 ) -> Fit:
@@ -162,6 +169,10 @@ def fit(
         Steps from one checkpoint to the next; Control-C writes one too.
     tensorboard : path, optional
         Directory for a log of the fit, in the folder METHOD-SEED; needs ``pip install "elbozoo[tensorboard]"``.
+    scheduler : str or distributed.Client, optional
+        ``"local"``, the address of a Dask scheduler such as ``"tcp://HOST:8786"``, or a client: each pass of EM over a
+        Dask collection, or over files that are streamed, goes to its workers; needs ``pip install "elbozoo[scale]"``.
+        A Dask collection without one takes the client that is current, and else a local cluster.
     progress : bool
         Show a bar on standard error where that is a terminal.
     **options
@@ -176,14 +187,20 @@ def fit(
     """
     chosen = one_method(guide, method)
     records = Records.parse(checkpoint, checkpoint_every, tensorboard)
-    prepared, options = _prepared(model, data, columns, options, Request(binarise, validation, test, data_seed))
-    rows = prepared.rows
-    ready = plan(model, rows.x, chosen, options, rows.columns, records, prepared.companions)
-    warn_of_unread([ready])
-    refuse_without_records([ready])
-    fitted = ready.run(seed, progress=progress)
-    fitted.entry.levels = dict(rows.levels)
-    return fitted
+    request = Request(binarise, validation, test, data_seed)
+    with _prepared(model, data, columns, options, request, scheduler) as (prepared, options):
+        rows = prepared.rows
+        if scheduler is not None and prepared.stream is None:
+            raise InvalidInput(
+                f"scheduler: found it with {rows.name} in memory, expected a Dask collection, or files loaded with "
+                "load_data(..., stream=True); leave it out, or use compare, which spreads whole fits"
+            )
+        ready = plan(model, rows.x, chosen, options, rows.columns, records, prepared.companions, prepared.stream)
+        warn_of_unread([ready])
+        refuse_without_records([ready])
+        fitted = ready.run(seed, progress=progress)
+        fitted.entry.levels = dict(rows.levels)
+    return _off_cluster(fitted, scheduler)
 
 
 def one_method(guide: str | None, method: str | None) -> str | None:
@@ -218,6 +235,7 @@ def compare(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = EVERY,
     tensorboard: str | Path | None = None,
+    scheduler: Any = None,
     progress: bool = True,
     **options: Any,
 ) -> Comparison:
@@ -237,38 +255,50 @@ def compare(
     seeds : int or iterable of int
         Number of seeds, or the seeds themselves.
     out : path, optional
-        Directory for tables, fits, plots and report; it is checked before the work starts.
+        Directory for tables, fits, plots and report; it is checked before the work starts. Each fit is left there as
+        soon as it and its ledger are finished, and the same call takes it up instead of repeating it: after whatever
+        ended the one before, and with more methods or seeds. A fit of other options or data is run again and replaced.
+    scheduler : str or distributed.Client, optional
+        ``"local"``, the address of a Dask scheduler such as ``"tcp://HOST:8786"``, or a client: spreads methods and
+        seeds over its workers, each as a task; needs ``pip install "elbozoo[scale]"``.
 
     Raises
     ------
     InvalidInput
         For anything unknown, out of range, or that does not fit together.
     NumericalFailure
-        If a fit breaks down, or a bound exceeds the truth.
+        If every fit breaks down, or has a bound that exceeds the truth. Where some do not, the others are named in
+        ``failures`` and have no row.
     """
     records = Records.parse(checkpoint, checkpoint_every, tensorboard)
-    prepared, options = _prepared(model, data, columns, options, Request(binarise, validation, test, data_seed))
-    rows = prepared.rows
-    if methods is None:
-        methods = default_methods(_entry_for(model, rows, options))
-    chosen = [methods] if isinstance(methods, str) else list(methods)
-    if out is not None:
-        writable_directory(out)
-    computed = run_comparison(
-        model,
-        rows.x,
-        chosen,
-        seeds,
-        options,
-        name=rows.name,
-        names=rows.columns,
-        records=records,
-        companions=prepared.companions,
-        arguments=prepared.arguments,
-        progress=progress,
-    )
-    for fitted in computed.fits:
-        fitted.entry.levels = dict(rows.levels)
+    request = Request(binarise, validation, test, data_seed)
+    with _prepared(model, data, columns, options, request, scheduler) as (prepared, options):
+        rows = prepared.rows
+        if methods is None:
+            entry = _entry_for(model, rows, options)
+            methods = default_methods(entry) if prepared.stream is None else default_methods_of_streams(entry)
+        chosen = [methods] if isinstance(methods, str) else list(methods)
+        if out is not None:
+            writable_directory(out)
+        computed = run_comparison(
+            model,
+            rows.x,
+            chosen,
+            seeds,
+            options,
+            name=rows.name,
+            names=rows.columns,
+            records=records,
+            companions=prepared.companions,
+            arguments=prepared.arguments,
+            levels=rows.levels,
+            rows=prepared.stream,
+            out=out,
+            # The rows of a stream are on the cluster themselves, where each fit in turn goes over them.
+            scheduler=scheduler if prepared.stream is None else None,
+            progress=progress,
+        )
+    computed.fits[:] = [_off_cluster(fitted, scheduler) for fitted in computed.fits]
     results = from_results(computed, rows.labels)
     if out is not None:
         results.save(out)
@@ -306,7 +336,8 @@ def rate_distortion(
     NumericalFailure
         If a fit breaks down, or an ELBO exceeds the evidence.
     """
-    rows, options = _load(model, data, columns, options)
+    loaded, options = _load(model, data, columns, options)
+    rows = _in_memory(loaded)
     computed = run_rate_distortion(
         model, rows.x, guide, weights, seeds, options, name=rows.name, names=rows.columns, progress=progress
     )
@@ -334,23 +365,49 @@ def tutorial(model: str, path: str | Path, *, guide: str | None = None) -> Path:
     return write_tutorial(model, path, guide=guide)
 
 
+@contextmanager
 def _prepared(
-    model: Model, data: Any, columns: Sequence[str] | str | None, options: dict[str, Any], request: Request
-) -> tuple[Prepared, dict[str, Any]]:
-    """Load the data in the form that the model takes, with binary pixels and rows set aside where that is asked for."""
-    rows, options = _load(model, data, columns, options)
+    model: Model,
+    data: Any,
+    columns: Sequence[str] | str | None,
+    options: dict[str, Any],
+    request: Request,
+    scheduler: Any,
+) -> Iterator[tuple[Prepared, dict[str, Any]]]:
+    """Load the data in the form that the model takes, with binary pixels and rows set aside where that is asked for.
+
+    Rows that are not in memory are on the workers of a cluster while the block runs, where one is asked for or they
+    are what Dask computes.
+    """
 
     def load(source: Any, like: Dataset) -> Dataset:
         # What has no names has its columns in order, and all of them, so that another width is noticed.
         has_names = columns is not None or isinstance(source, str | os.PathLike | pd.DataFrame | Dataset)
-        return _load(model, source, like.columns if has_names else None, options)[0]
+        return _in_memory(_load(model, source, like.columns if has_names else None, options)[0])
 
-    return prepare(_entry_class(model), rows, options, request, load), options
+    with ExitStack() as stack:
+        client = stack.enter_context(connected(scheduler)) if is_collection(data) else None
+        rows, options = _load(model, data, columns, options)
+        if not isinstance(rows, StoredData):
+            yield prepare(_entry_class(model), rows, options, request, load), options
+            return
+        if client is None and (scheduler is not None or rows.is_computed):
+            client = stack.enter_context(connected(scheduler))
+        if client is not None:
+            rows = replace(rows, rows=ClusterRows(rows.rows.blocks, rows.rows.names, client))
+        yield prepare_stream(_entry_class(model), rows, options, request, load), options
+
+
+def _off_cluster(fitted: Fit, scheduler: Any) -> Fit:
+    """Return a fit whose data are read without the cluster that they were on, which has ended, unless it is open."""
+    if not isinstance(fitted.rows, ClusterRows) or not (scheduler is None or isinstance(scheduler, str)):
+        return fitted
+    return replace(fitted, rows=Rows(fitted.rows.blocks, fitted.rows.names))
 
 
 def _load(
     model: Model, data: Any, columns: Sequence[str] | str | None, options: dict[str, Any]
-) -> tuple[Dataset, dict[str, Any]]:
+) -> tuple[Dataset | StoredData, dict[str, Any]]:
     """Load the data in the form that the model takes: with the columns that its options name, and NaN if it may.
 
     The options come back with columns of labels by name, since their positions may change as others are left out.
@@ -380,6 +437,8 @@ def _load(
     for column in named:
         if column not in rows.columns:
             load_data(data, [column])  # says why it was left out
+    if isinstance(rows, StoredData):
+        return rows, options
     options = options | dict(zip(keys, rows.levels, strict=False))
     is_conv = "conv" in (options.get("architecture"), options.get("encoder"))
     if is_conv and rows.image_shape is not None and options.get("image_shape") is None:
@@ -387,10 +446,26 @@ def _load(
     return rows, options
 
 
+def _in_memory(rows: Dataset | StoredData) -> Dataset:
+    """Return data that are in memory.
+
+    Raises
+    ------
+    InvalidInput
+        For any that are not, with how to read them.
+    """
+    if isinstance(rows, StoredData):
+        raise InvalidInput(
+            f"{rows.name}: found {len(rows.rows)} rows that are not in memory, expected rows that are, since all are "
+            "looked at together; read them with load_data(..., stream=False)"
+        )
+    return rows
+
+
 def _is_table(data: Any) -> bool:
     """Whether data are a frame or a file with a header."""
     if isinstance(data, str | os.PathLike):
-        return Path(data).suffix.lower() in TABLE_SUFFIXES
+        return Path(data).is_dir() or Path(data).suffix.lower() in TABLE_SUFFIXES
     return isinstance(data, pd.DataFrame)
 
 

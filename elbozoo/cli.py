@@ -35,7 +35,8 @@ Data = Annotated[
         "--data",
         "-d",
         metavar="D",
-        help="Name of a data set, simulate:MODEL, a CSV or Parquet file with a header, or a NPY or NPZ file.",
+        help="Name of a data set, simulate:MODEL, a CSV or Parquet file with a header, a folder of Parquet files, or a "
+        "NPY or NPZ file.",
     ),
 ]
 Root = Annotated[
@@ -51,6 +52,14 @@ Subset = Annotated[
 Key = Annotated[
     str | None,
     typer.Option("--key", metavar="NAME", help="Array of a NPZ file that holds the rows, if it holds several."),
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Leave the rows of a NPY file, or of Parquet files, where they are and read them part by part; by default "
+        "from 512 MiB on.",
+    ),
 ]
 Binarise = Annotated[
     str | None,
@@ -89,6 +98,15 @@ Settings = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", metavar="DIR", help="Directory for what the run leaves behind.")
 ]
+Resumable = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="Directory for what the run leaves behind; the same command goes on from fits that are finished there.",
+    ),
+]
 
 Checkpoint = Annotated[
     Path | None,
@@ -104,6 +122,16 @@ CheckpointEvery = Annotated[
 TensorBoard = Annotated[
     Path | None,
     typer.Option("--tensorboard", metavar="DIR", help="Directory for logs of the fits; needs elbozoo[tensorboard]."),
+]
+
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Spread the work over a Dask cluster, fits or the rows of a stream: local, or an address such as "
+        "tcp://HOST:8786; needs elbozoo[scale].",
+    ),
 ]
 
 CHECKPOINT_STEPS = 500  # that of inference/checkpoints.py, which is not imported for a page of help
@@ -122,6 +150,7 @@ COMMAND_NAMES = (
     "checkpoint",
     "checkpoint_every",
     "tensorboard",
+    "scheduler",
     "progress",
 )
 
@@ -220,6 +249,7 @@ def fit_command(
     root: Root = None,
     split: Subset = None,
     key: Key = None,
+    stream: Stream = None,
     binarise: Binarise = None,
     validation: ValidationRows = None,
     test: TestRows = None,
@@ -228,6 +258,7 @@ def fit_command(
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = CHECKPOINT_STEPS,
     tensorboard: TensorBoard = None,
+    scheduler: Scheduler = None,
     as_json: Json = False,
 ) -> None:
     """Fit one model by one method and print its ledger."""
@@ -240,7 +271,7 @@ def fit_command(
         writable_directory(out)
     result = compare(
         model,
-        _source(data, root, split, key),
+        _source(data, root, split, key, stream),
         methods=[chosen],
         seeds=[seed],
         columns=_names(columns),
@@ -251,6 +282,7 @@ def fit_command(
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         tensorboard=tensorboard,
+        scheduler=scheduler,
         **_settings(settings),
     )
     (fit,) = result.fits
@@ -293,14 +325,16 @@ def compare_command(
     root: Root = None,
     split: Subset = None,
     key: Key = None,
+    stream: Stream = None,
     binarise: Binarise = None,
     validation: ValidationRows = None,
     test: TestRows = None,
     data_seed: DataSeed = 0,
-    out: Out = None,
+    out: Resumable = None,
     checkpoint: Checkpoint = None,
     checkpoint_every: CheckpointEvery = CHECKPOINT_STEPS,
     tensorboard: TensorBoard = None,
+    scheduler: Scheduler = None,
     as_json: Json = False,
 ) -> None:
     """Fit one model by several methods and hold every bound against the exact log p(x)."""
@@ -308,7 +342,7 @@ def compare_command(
 
     result = compare(
         model,
-        _source(data, root, split, key),
+        _source(data, root, split, key, stream),
         methods=_names(methods),
         seeds=seeds,
         columns=_names(columns),
@@ -320,17 +354,21 @@ def compare_command(
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
         tensorboard=tensorboard,
+        scheduler=scheduler,
         **_settings(settings),
     )
     _print_notes(result)
     if as_json:
         _print_json(result.document())
-        return
-    _print_summary(result)
-    if out is not None:
-        typer.echo(
-            f"written to {out}: comparison.csv, comparison.json, trajectories.csv, fits, plots, report.html", err=True
-        )
+    else:
+        _print_summary(result)
+        if out is not None:
+            written = "comparison.csv, comparison.json, trajectories.csv, fits, plots, report.html"
+            typer.echo(f"written to {out}: {written}", err=True)
+    for failure in result.failures:
+        typer.echo(f"elbozoo: {failure}", err=True)
+    if result.failures:
+        raise typer.Exit(1)
 
 
 @app.command("tutorial")
@@ -364,13 +402,13 @@ def _settings(settings: list[str] | None) -> dict[str, Any]:
     return parsed
 
 
-def _source(data: str, root: Path | None, split: str | None, key: str | None) -> Any:
+def _source(data: str, root: Path | None, split: str | None, key: str | None, stream: bool | None) -> Any:
     """Return the data set where more than its name is needed, and else its name."""
-    if (root, split, key) == (None, None, None) and data not in ("mnist", "fashion-mnist"):
+    if (root, split, key, stream) == (None, None, None, None) and data not in ("mnist", "fashion-mnist"):
         return data
     from elbozoo.api import load_data
 
-    return load_data(data, root=root, split=split, key=key)
+    return load_data(data, root=root, split=split, key=key, stream=stream)
 
 
 def _share(text: str | None) -> float | str | None:

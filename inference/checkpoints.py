@@ -265,10 +265,17 @@ def refuse_other_fit(path: Path, found: Mapping[str, Any], expected: Mapping[str
     InvalidInput
         With what differs.
     """
+    difference = first_difference(found, expected)
+    if difference is not None:
+        raise InvalidInput(f"{path}: found a checkpoint of {difference}; {REMEDY}")
+
+
+def first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """Say how two identities differ first, as "FOUND, expected EXPECTED"; None where they are one."""
     for name, value in expected.items():
-        other = found.get(name)
-        if other != value:
-            raise InvalidInput(f"{path}: found a checkpoint of {_difference(name, other, value)}; {REMEDY}")
+        if found.get(name) != value:
+            return _difference(name, found.get(name), value)
+    return None
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

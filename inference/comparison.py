@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,20 +15,23 @@ import pandas as pd
 from torch import Tensor
 
 from elbozoo.guides.registry import refusal_of
-from elbozoo.inference.fit import Fit, closed_form_evidence
+from elbozoo.inference.finished import FinishedFits, holds
+from elbozoo.inference.fit import Fit
 from elbozoo.inference.heldout import ALONE, Companions, HeldOut
 from elbozoo.inference.ledger import Ledger
 from elbozoo.inference.method import Plan, plan, refuse_without_records, valid_seed, warn_of_unread
-from elbozoo.inference.progress import progress_bar
 from elbozoo.inference.records import NO_RECORDS, Records
+from elbozoo.inference.rows import Rows
 from elbozoo.inference.storage import writable_directory
+from elbozoo.inference.tasks import Book, Failure, Shared, Task, runner
 from elbozoo.models.contract.entry import Program, SupportsEM
-from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
 from elbozoo.models.contract.options import plain
 
 logger = logging.getLogger(__name__)
 
 EVERY_WAY = "all"
+FITS, LEARNED = "fits", "model"  # folders of the fits, and of those that learned the one model of all ways to q
 WAYS_TO_Q = ("shared", "free", "amortized", "semi-amortized", "exact")
 
 ROW = (
@@ -86,6 +89,8 @@ class Comparison:
         Options that were given, by name.
     heldout : dict or None
         Where rows were held out: ``part``, test or validation, its number of ``rows``, and ``validation_rows``.
+    failures : list of Failure
+        Fits that broke down, which have no row: ``method``, ``seed`` and ``cause``.
     """
 
     model: str
@@ -94,6 +99,7 @@ class Comparison:
     table: pd.DataFrame
     options: dict[str, Any]
     heldout: dict[str, Any] | None = None
+    failures: list[Failure] = field(default_factory=list)
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -122,18 +128,24 @@ class Comparison:
             keys = ("method", "seed", *HELDOUT)
             fits = [{key.removeprefix("heldout_"): _plain(row[key]) for key in keys} for row in records]
             document["heldout"] = {**self.heldout, "fits": fits}
+        if self.failures:
+            document["failures"] = [failure._asdict() for failure in self.failures]
         return document
 
     def save(self, directory: str | Path) -> Path:
-        """Write the table, the JSON document, the trajectories and every fit; return the directory."""
+        """Write the table, the JSON document, the trajectories and every fit; return the directory.
+
+        Fits that are there already stay as they are.
+        """
         folder = writable_directory(directory)
         self.table.to_csv(folder / "comparison.csv", index=False)
         document = {**self.document(), "options": self.options}
         (folder / "comparison.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         self.trajectories.to_csv(folder / "trajectories.csv", index=False)
         for fit in self.fits:
-            if not isinstance(fit.entry, Program):
-                fit.save(folder / "fits" / f"{fit.method}-{fit.seed}")
+            place = folder / FITS / f"{fit.method}-{fit.seed}"
+            if not isinstance(fit.entry, Program) and not holds(place, fit):
+                fit.save(place)
         return folder
 
     @classmethod
@@ -145,10 +157,11 @@ class Comparison:
             table = pd.read_csv(folder / "comparison.csv")
         except (FileNotFoundError, json.JSONDecodeError, pd.errors.ParserError) as error:
             raise InvalidInput(f"{folder}: expected a directory written by Comparison.save ({error})") from None
-        fits = [Fit.load(folder / "fits" / f"{row.method}-{row.seed}") for row in table.itertuples()]
+        fits = [Fit.load(folder / FITS / f"{row.method}-{row.seed}") for row in table.itertuples()]
         heldout = document.get("heldout")
         about = {key: value for key, value in heldout.items() if key != "fits"} if heldout else None
-        return cls(document["model"], document["data"], fits, table, document["options"], about)
+        failures = [Failure(**failure) for failure in document.get("failures", [])]
+        return cls(document["model"], document["data"], fits, table, document["options"], about, failures)
 
 
 def run_comparison(
@@ -163,6 +176,10 @@ def run_comparison(
     records: Records = NO_RECORDS,
     companions: Companions = ALONE,
     arguments: Mapping[str, Any] | None = None,
+    levels: Mapping[str, list[str]] | None = None,
+    rows: Rows | None = None,
+    out: str | Path | None = None,
+    scheduler: Any = None,
     progress: bool = True,
     on_fit: Callable[[Fit], None] = lambda fit: None,
 ) -> Comparison:
@@ -193,6 +210,16 @@ def run_comparison(
         Data beside these: to stop by, to report held-out figures of, to draw binary pixels from.
     arguments : mapping, optional
         What makes these data from the name, which the results keep.
+    levels : mapping of list of str, optional
+        For columns of labels, what their codes stand for.
+    rows : Rows, optional
+        All rows where they are not in memory, and ``x`` is a sample of them.
+    out : path, optional
+        Directory in which every finished fit is left at once, with its figures, in the folder fits/METHOD-SEED. A fit
+        that is there already is taken as it is, if it is of the same model, data, method, options, seed and versions.
+    scheduler : str or distributed.Client, optional
+        Where fits run, each as a task of its own, see :func:`~elbozoo.inference.cluster.connected`; in this process by
+        default.
     on_fit : callable
         Called with each fit as it ends; with those of seeds that run as one when all of them have.
 
@@ -201,31 +228,72 @@ def run_comparison(
     InvalidInput
         Before anything runs, for anything that does not fit.
     NumericalFailure
-        If a fit breaks down, or a bound exceeds the truth.
+        If every fit breaks down, or has a bound that exceeds the truth. Those that do while others do not are named in
+        ``failures``.
     """
     chosen, asked = seed_list(seeds), _unique(methods)
-    prepare = functools.partial(plan, model, x, options=options, names=names, records=records, companions=companions)
+    prepare = functools.partial(
+        plan, model, x, options=options, names=names, records=records, companions=companions, rows=rows
+    )
     if EVERY_WAY in asked:
         teacher, plans = _ways_to_q(asked, prepare)
     else:
-        teacher, plans = None, [prepare(method) for method in asked]
+        teacher, plans = None, _unlike([prepare(method) for method in asked])
     warn_of_unread([*plans, *([teacher] if teacher else [])])
     refuse_without_records(plans)
-    fits = _fits(plans, chosen, progress, on_fit, teacher)
-    # One closed form serves all fits, which share the model and the rows.
-    closed_form = closed_form_evidence(fits[0].entry, plans[0].x)
-    ledgers = _with_learning_gaps(_ledgers(fits, closed_form, progress), closed_form)
+    shared = Shared(plans[0])
+    book = functools.partial(Book, levels=levels or {})
+    with runner(scheduler, len(chosen) * (len(plans) + bool(teacher)), progress) as run:
+        first = book(_kept(out if teacher else None, LEARNED), judges=False)
+        run.run([Task(teacher, seed) for seed in chosen] if teacher else [], first, shared)
+        tasks = _tasks(plans, chosen, teacher, first)
+        results = book(_kept(out, FITS), on_fit=on_fit)
+        run.run(tasks, results, shared)
+    keys = [task.key for task in tasks if task.key in results.figures]
+    order = {task.key: position for position, task in enumerate(tasks)}
+    failures = [*first.failures, *sorted(results.failures, key=lambda failure: order[failure[:2]])]
+    if not keys:
+        raise _nothing(failures)
+    fits = [results.fits[key] for key in keys]
+    ledgers = _with_learning_gaps([results.figures[key].ledger for key in keys], shared.closed_form)
     table = pd.DataFrame([_row(fit, ledger) for fit, ledger in zip(fits, ledgers, strict=True)])
-    data: dict[str, Any] = {"name": name, "rows": x.shape[0], "columns": x.shape[1]}
+    data: dict[str, Any] = {"name": name, "rows": x.shape[0] if rows is None else len(rows), "columns": x.shape[1]}
     if teacher:
         data["methods"] = EVERY_WAY
     if arguments:
         data["arguments"] = dict(arguments)
     if companions.heldout is None:
-        return Comparison(fits[0].model, data, fits, table, plain(options))
+        return Comparison(fits[0].model, data, fits, table, plain(options), failures=failures)
+    heldout = [results.figures[key].heldout for key in keys]
     # From plain values, which have a type by column; a Series of them has none.
-    table = pd.concat([table, pd.DataFrame([fit.heldout().to_dict() for fit in fits])], axis=1)
-    return Comparison(fits[0].model, data, fits, table, plain(options), _about(companions))
+    table = pd.concat([table, pd.DataFrame([each._asdict() for each in heldout if each is not None])], axis=1)
+    return Comparison(fits[0].model, data, fits, table, plain(options), _about(companions), failures)
+
+
+def _tasks(plans: list[Plan], seeds: list[int], teacher: Plan | None, first: Book) -> list[Task]:
+    """Return the fits to compare; where θ is learned first, those to the models that were learned."""
+    if teacher is None:
+        return [Task(each, seed) for each in plans for seed in seeds]
+    learned = {seed: first.fits[teacher.label, seed] for seed in seeds if (teacher.label, seed) in first.fits}
+    return [Task(each, seed, fit) for each in plans for seed, fit in learned.items()]
+
+
+def _kept(out: str | Path | None, name: str) -> FinishedFits | None:
+    return None if out is None else FinishedFits(Path(out) / name)
+
+
+def _nothing(failures: list[Failure]) -> BaseException:
+    """Return the error of a comparison that no fit has come of."""
+    if not failures:
+        return KeyboardInterrupt()
+    if len(failures) == 1:
+        return NumericalFailure(failures[0].cause)
+    return NumericalFailure(f"all {len(failures)} fits broke down; {failures[0]}")
+
+
+def _unlike(plans: list[Plan]) -> list[Plan]:
+    """Return the plans without those of a method that is there already, by whichever name it was asked for."""
+    return list({each.label: each for each in plans}.values())
 
 
 def _ways_to_q(methods: list[str | None], prepare: Callable[[str], Plan]) -> tuple[Plan, list[Plan]]:
@@ -254,42 +322,6 @@ def _ways_to_q(methods: list[str | None], prepare: Callable[[str], Plan]) -> tup
     learner = prepare("em" if isinstance(entry, SupportsEM) else "amortized")
     # In a folder apart, since the same method may come again as a way to q.
     return replace(learner, records=learner.records.under("model")), [prepare(way) for way in fitting]
-
-
-def _fits(
-    plans: list[Plan],
-    seeds: list[int],
-    progress: bool,
-    on_fit: Callable[[Fit], None],
-    teacher: Plan | None = None,
-) -> list[Fit]:
-    fits: list[Fit] = []
-    learned: dict[int, Fit] = {}
-    for seed in seeds if teacher else ():
-        learned[seed] = teacher.run(seed, progress=progress)  # type: ignore[union-attr]
-        if learned[seed].interrupted:
-            break
-    thetas = {seed: fit.entry for seed, fit in learned.items()}
-    for each in plans:
-        for fit in each.run_all(list(learned or seeds), thetas=thetas, progress=progress):
-            if learned and not learned[fit.seed].converged:
-                fit.notes.append(f"θ was learned by {learned[fit.seed].method}, which did not converge")
-            fits.append(fit)
-            on_fit(fit)
-        if any(fit.interrupted for fit in fits):  # the user wants what there is, not the next method
-            return fits
-    return fits
-
-
-def _ledgers(fits: list[Fit], closed_form: float, progress: bool) -> list[Ledger]:
-    ledgers: list[Ledger] = []
-    # Without θ the fits share the model itself, and its evidence.
-    shared = None if list(fits[0].entry.parameters()) else fits[0].known_evidence()
-    with progress_bar("ledgers", len(fits), progress) as report:
-        for fit in fits:
-            report(len(ledgers), f"{fit.method}, seed {fit.seed}")
-            ledgers.append(fit.full_ledger(best_known=closed_form, evidence=shared))
-    return ledgers
 
 
 def _unique(methods: Iterable[str | None]) -> list[str | None]:

@@ -2,7 +2,7 @@
 
 Each seed has its own parameters, moments, rows, noise, step size and end. Its noise comes from its own generator, in
 the order in which it would draw alone, so that it ends where it would end alone, up to rounding. Those that have ended
-leave the batch as soon as they are half of it.
+leave the batch as soon as they are half of it, and so do those that break down, which is no end of the others.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from elbozoo.inference.svi import (
     without_warnings_of_nan,
 )
 from elbozoo.models.contract.batch import Batch
+from elbozoo.models.contract.errors import NumericalFailure
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class SeededFit:
     generator: torch.Generator
     observers: Sequence[Observer] = ()
     resample: Callable[[Batch], Batch] | None = None
-    result: SVIResult | None = field(default=None, init=False)
+    result: SVIResult | NumericalFailure | None = field(default=None, init=False)
 
     @property
     def step(self) -> CapturedStep:
@@ -97,8 +98,14 @@ class SeededFit:
         """Note how it ended."""
         self.result = SVIResult(self.state.trajectory, converged, interrupted)
 
+    def fail(self, error: NumericalFailure) -> None:
+        """Note that it broke down."""
+        self.result = error
 
-def run_together(fits: Sequence[SeededFit], graph: StepGraph, title: str, *, progress: bool = True) -> list[SVIResult]:
+
+def run_together(
+    fits: Sequence[SeededFit], graph: StepGraph, title: str, *, progress: bool = True
+) -> list[SVIResult | NumericalFailure]:
     """Run fits of one model, guide and objective on the same rows from several seeds, as one batch.
 
     Must be called inside :func:`~elbozoo.models.contract.isolation.isolated`.
@@ -112,21 +119,24 @@ def run_together(fits: Sequence[SeededFit], graph: StepGraph, title: str, *, pro
     title : str
         What the bar of progress is called.
 
+    Returns
+    -------
+    list of SVIResult or NumericalFailure
+        How each fit ended; the error where its objective was no longer finite.
+
     Raises
     ------
     NotTogether
         Where the step cannot be mapped over seeds, when the parameters have moved already.
-    NumericalFailure
-        When the objective of a seed is no longer finite.
     """
     options = fits[0].state.options
     running, batch, interrupted = list(fits), None, False
     try:
         with progress_bar(title, options.steps, progress) as report, without_warnings_of_nan():
             running = _first_steps(running)
-            batch = _SeedBatch(graph, running)
+            batch = _SeedBatch(graph, running) if running else None
             for count in range(1, options.steps):
-                if not running:
+                if batch is None or not running:
                     break
                 running = batch.step(running)
                 report(count + 1, f"{len(running)} of {len(fits)} seeds still running")
@@ -160,10 +170,9 @@ def graph_of_seeds(fit: SeededFit) -> StepGraph:
     NotTogether
         Where it cannot be captured, draws by itself, or fills the machine with one seed alone.
     """
-    minibatches = fit.state.minibatches
-    start = minibatches.batch.rows(0, minibatches.size)
+    whole, size = fit.state.batch, fit.state.minibatches.size
     try:
-        graph = capture(fit.step, start if minibatches.size < start.total else minibatches.batch)
+        graph = capture(fit.step, whole.rows(0, size) if size < whole.total else whole)
     except NotCapturable as error:
         raise NotTogether(f"its step cannot be captured: {error}") from error
     if graph.samplers:
@@ -184,8 +193,12 @@ def _first_steps(fits: Sequence[SeededFit]) -> list[SeededFit]:
     for fit in fits:
         log_evidence, before = fit.state.trajectory.evidence(), time.perf_counter()
         part = fit.next_batch()
-        with drawing_from(fit.generator):
-            loss = guarded_step(fit.state, part)
+        try:
+            with drawing_from(fit.generator):
+                loss = guarded_step(fit.state, part)
+        except NumericalFailure as error:
+            fit.fail(error)
+            continue
         if fit.state.take_in(loss, time.perf_counter() - before, log_evidence, fit.observers):
             fit.end(converged=True)
         else:
@@ -226,6 +239,8 @@ class _SeedBatch:
         self.publish([fit for fit in running if fit.observers])
         going_on = []
         for fit, log_evidence in zip(running, evidence, strict=True):
+            if fit.result is not None:  # it broke down
+                continue
             loss = losses[self.slots.index(fit)]
             if fit.state.take_in(loss, seconds, log_evidence, fit.observers):
                 self.publish([fit])
@@ -267,7 +282,7 @@ class _SeedBatch:
             slot = self.slots.index(fit)
             if not math.isfinite(values[slot]):
                 self.publish([fit])
-                raise failure(fit.state, batches[slot], values[slot])
+                fit.fail(failure(fit.state, batches[slot], values[slot]))
             fit.step.count += 1
         self.state = state
         return values
@@ -316,6 +331,8 @@ class _SeedBatch:
         for fit in running:
             slot = self.slots.index(fit)
             alone = loss_on_noise(fit.step, batches[slot], [values[slot] for values in self.noise])
+            if not (math.isfinite(alone) or math.isfinite(losses[slot])):  # it breaks down, with others and alone
+                continue
             if not abs(losses[slot] - alone) <= AGREEMENT[batches[slot].x.dtype] * max(1.0, abs(alone)):
                 raise NotTogether(f"a seed has the loss {losses[slot]!r} with others and {alone!r} alone")
 

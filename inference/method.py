@@ -16,15 +16,17 @@ from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.guides.conjugate import ConjugateGuide
-from elbozoo.guides.registry import ALL_NAMES, build_guide, guide_names, refusal_of, resolve_guide
+from elbozoo.guides.registry import ALL_NAMES, GLOBAL_NAMES, build_guide, guide_names, refusal_of, resolve_guide
 from elbozoo.inference.cavi import CAVIOptions, run_cavi
 from elbozoo.inference.checkpoints import Checkpoints, fingerprint
+from elbozoo.inference.data_parallel import check_processes, run_in_processes
 from elbozoo.inference.devices import resolve_device
 from elbozoo.inference.em import EMOptions, run_em
 from elbozoo.inference.engines import captures
 from elbozoo.inference.event_log import event_log
 from elbozoo.inference.fit import Fit, provenance
 from elbozoo.inference.heldout import ALONE, Companions, check_new_rows
+from elbozoo.inference.ledger import holds_posterior
 from elbozoo.inference.losses import Weighting
 from elbozoo.inference.many_seeds import NotTogether, SeededFit, graph_of_seeds, run_together, seeds_at_once
 from elbozoo.inference.monte_carlo_em import MonteCarloEMOptions, run_monte_carlo_em
@@ -34,6 +36,7 @@ from elbozoo.inference.posterior_guide import posterior_guide, refusal_of_poster
 from elbozoo.inference.records import NO_RECORDS, Records
 from elbozoo.inference.resampling import PixelDraws
 from elbozoo.inference.row_density import refusal_of_density
+from elbozoo.inference.rows import Rows
 from elbozoo.inference.steps import unique_parameters
 from elbozoo.inference.svi import Observer, SVIResult, begin, check_training, run_svi
 from elbozoo.inference.training import TrainingOptions
@@ -49,10 +52,11 @@ from elbozoo.models.contract.entry import (
     SupportsCAVI,
     SupportsEM,
 )
-from elbozoo.models.contract.errors import InvalidInput, unknown_name
+from elbozoo.models.contract.errors import InvalidInput, NumericalFailure, unknown_name
 from elbozoo.models.contract.isolation import SEEDS, isolated
 from elbozoo.models.contract.options import Options, plain
 from elbozoo.models.contract.registry import get_entry
+from elbozoo.models.contract.sequences import StackedEntry
 from elbozoo.models.contract.sites import LatentSite
 
 logger = logging.getLogger(__name__)
@@ -68,6 +72,10 @@ SCHEMA_TITLES: dict[type[Options], str] = {
 SCHEMAS: tuple[type[Options], ...] = tuple(SCHEMA_TITLES)
 SPECIAL = ("em", "closed-form", "cavi", "nuts")
 DEFAULTS = ("em", "mean-field", "amortized")
+NOT_DIVIDED = (
+    "the gap is not divided: the best member of the family was not searched for over data that are not in memory; "
+    "fit.ledger(x) divides it on some rows x"
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,8 @@ class Plan:
         The rows as they came, before they were arranged.
     companions : Companions
         Data beside these rows: to stop by, to test with, to draw binary pixels from.
+    rows : Rows or None
+        All rows where they are not in memory; ``x`` is then a sample of them, from which everything starts.
     """
 
     method: str
@@ -99,6 +109,12 @@ class Plan:
     table: Tensor
     records: Records = NO_RECORDS
     companions: Companions = ALONE
+    rows: Rows | None = None
+
+    @property
+    def total(self) -> int:
+        """Number of data, of which some may be out of memory."""
+        return len(self.x) if self.rows is None else len(self.rows)
 
     def run(self, seed: int, *, theta: Entry | None = None, progress: bool = True) -> Fit:
         """Fit from ``seed``, which decides the starting values and every draw.
@@ -117,6 +133,24 @@ class Plan:
         """Fit from each of ``seeds``, by SVI as one batch where that can be; see :meth:`run`.
 
         Fits that run as one share their time by their numbers of steps. Where it cannot be, one log line says why.
+
+        Raises
+        ------
+        NumericalFailure
+            At the first fit that breaks down.
+        """
+        for ended in self.attempts(seeds, thetas=thetas, progress=progress):
+            for outcome in ended.values():
+                if isinstance(outcome, NumericalFailure):
+                    raise outcome
+                yield outcome
+
+    def attempts(
+        self, seeds: Sequence[int], *, thetas: Mapping[int, Entry] | None = None, progress: bool = True
+    ) -> Iterator[dict[int, Fit | NumericalFailure]]:
+        """Yield what :meth:`run_all` does, by seed and those that ran as one together, or the error that ended a fit.
+
+        An interrupted fit is the last.
         """
         todo, thetas = [valid_seed(seed) for seed in seeds], thetas or {}
         reason = _refusal_to_run_together(self)
@@ -124,16 +158,20 @@ class Plan:
             while len(todo) > 1 and reason is None:
                 done = _run_together(self, todo, thetas, progress)
                 todo = todo[len(done) :]
-                yield from done
-                if any(fit.interrupted for fit in done):
+                yield done
+                if any(isinstance(each, Fit) and each.interrupted for each in done.values()):
                     return
-        except NotTogether as refusal:
+        except (NotTogether, NumericalFailure, torch.linalg.LinAlgError) as refusal:  # of whichever seed it may be
             reason = str(refusal)
         if len(todo) > 1 and self.method not in SPECIAL:
             logger.info("%s %s: %d seeds run one by one: %s", self.entry.name(), self.label, len(todo), reason)
         for seed in todo:
-            fit = self.run(seed, theta=thetas.get(seed), progress=progress)
-            yield fit
+            try:
+                fit = self.run(seed, theta=thetas.get(seed), progress=progress)
+            except (NumericalFailure, torch.linalg.LinAlgError) as error:
+                yield {seed: NumericalFailure(str(error))}
+                continue
+            yield {seed: fit}
             if fit.interrupted:
                 return
 
@@ -169,6 +207,7 @@ def plan(
     names: Sequence[str] | None = None,
     records: Records = NO_RECORDS,
     companions: Companions = ALONE,
+    rows: Rows | None = None,
 ) -> Plan:
     """Check everything about a fit before it runs.
 
@@ -189,6 +228,8 @@ def plan(
         What the fits leave on disk while they run.
     companions : Companions
         Data beside ``x``: to stop by, to test with, to draw binary pixels from.
+    rows : Rows, optional
+        All rows where they are not in memory, and ``x`` is a sample of them.
 
     Raises
     ------
@@ -204,7 +245,10 @@ def plan(
     canonical = resolve_method(method, entry)
     arranged = entry.arrange(x, entry.options)
     _check_companions(entry, arranged, companions)
-    result = Plan(canonical, method, entry, arranged, dict(options), build, x, records, companions)
+    reason = None if rows is None else refusal_of_stream(canonical, entry)
+    if reason is not None:
+        raise _needs_memory(canonical, reason)
+    result = Plan(canonical, method, entry, arranged, dict(options), build, x, records, companions, rows)
     for schema in SCHEMAS:
         result.schema(schema)
     if canonical not in SPECIAL:
@@ -238,6 +282,35 @@ def warn_of_unread(plans: Sequence[Plan]) -> None:
     for name in plans[0].options:
         if name not in read:
             logger.warning("option %r is not read by %s", name, ", ".join(each.label for each in plans))
+
+
+def _needs_memory(method: str, reason: str) -> InvalidInput:
+    return InvalidInput(
+        f"found {method} with data that are not in memory, expected a method that streams them: {reason}; load them "
+        "with load_data(..., stream=False) or --no-stream if they fit, or take another method"
+    )
+
+
+def refusal_of_stream(method: str, entry: Entry) -> str | None:
+    """Say why a fit of ``entry`` by ``method``, a canonical name, needs all rows in memory, or return None."""
+    if isinstance(entry, StackedEntry):
+        return f"the rows of {entry.name()} belong together, and are looked at together"
+    if entry.key_columns():
+        return f"{entry.name()} has a column of labels, which have to be known before the first step"
+    if method in SPECIAL:
+        streams = method == "em" and isinstance(entry, SupportsEM)
+        return None if streams else f"{method} for {entry.name()} goes over all rows at each step, in memory"
+    if method.startswith("free-"):
+        return "its q has parameters of its own for each row"
+    sites = entry.latent_sites()
+    if not sites:
+        return f"{entry.name()} has no latent"
+    if any(site.is_local for site in sites) and method not in GLOBAL_NAMES:
+        return None
+    if method in ("exact", "laplace"):
+        return "it is about all rows at once"
+    shapes = [[site.event_shape for site in entry.latent_sites(entry.simulate(n, seed=0)[0])] for n in (2, 3)]
+    return None if shapes[0] == shapes[1] else f"a latent of {entry.name()} has as many values as there are rows"
 
 
 def valid_seed(seed: Any) -> int:
@@ -292,6 +365,25 @@ def default_methods(entry: Entry) -> list[str]:
     special = _refusals(entry)
     reasons = {name: special.get(name) or (None if name in special else refusal_of(name, entry)) for name in DEFAULTS}
     return [name for name, reason in reasons.items() if reason is None]
+
+
+def default_methods_of_streams(entry: Entry) -> list[str]:
+    """Return those of the default methods that take rows which are not in memory.
+
+    Raises
+    ------
+    InvalidInput
+        If none of them does, with the reasons.
+    """
+    methods = default_methods(entry)
+    reasons = {name: refusal_of_stream(resolve_method(name, entry), entry) for name in methods}
+    for name, reason in reasons.items():
+        if reason is not None:
+            logger.info("left out %s, since the data are not in memory: %s", name, reason)
+    streaming = [name for name in methods if reasons[name] is None]
+    if not streaming:
+        raise _needs_memory(methods[0], str(reasons[methods[0]]))
+    return streaming
 
 
 def default_guide(entry: Entry) -> str:
@@ -394,7 +486,10 @@ def _check_objective(plan: Plan) -> None:
         x = plan.x[:2].to(plan.entry.dtype)
         guide = build_guide(plan.method, plan.entry, x, plan.schema(GuideOptions).without_search())
     options = plan.schema(TrainingOptions)
-    check_training(resolve_objective(options.objective, guide, options), guide, options, len(plan.x))
+    objective = resolve_objective(options.objective, guide, options)
+    check_training(objective, guide, options, plan.total)
+    is_streamed, keeps_checkpoints = plan.rows is not None, plan.records.checkpoint is not None
+    check_processes(objective, guide, options, plan.total, is_streamed=is_streamed, keeps_checkpoints=keeps_checkpoints)
     check_validation(guide, plan.companions.validation, options)
 
 
@@ -431,7 +526,8 @@ def _prepare(plan: Plan, entry: Entry, x: Tensor, seed: int) -> _Prepared:
     guide.to(device)
     rows = plan.companions.validation
     watch = validation_for(entry, guide, rows, options, seed, objective.moving_steps(options))
-    return _Prepared(entry, guide, objective, options, Batch.full(x.to(device)), x, seed, watch)
+    batch = Batch.full(x.to(device))._replace(total=plan.total)
+    return _Prepared(entry, guide, objective, options, batch, x, seed, watch)
 
 
 def _finish(plan: Plan, prepared: _Prepared, result: SVIResult, seconds: float, notes: Sequence[str] = ()) -> Fit:
@@ -463,18 +559,22 @@ def _run_guide(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -
     device = prepared.batch.x.device
     checkpoints = _checkpoints(plan, records, entry, seed, prepared.options, device, ("steps",))
     before = time.perf_counter()
+    fit = (entry, prepared.guide, prepared.objective, prepared.batch, prepared.options)
+    resample = _pixel_draws(plan, entry)
     with event_log(records.tensorboard, prepared.weighting) as log:
-        result = run_svi(
-            entry,
-            prepared.guide,
-            prepared.objective,
-            prepared.batch,
-            prepared.options,
-            progress=progress,
-            observers=[*log, *prepared.observers],
-            resample=_pixel_draws(plan, entry),
-            checkpoints=checkpoints,
-        )
+        if prepared.options.processes > 1:
+            result = run_in_processes(
+                *fit, progress=progress, observers=prepared.observers, logs=log, resample=resample
+            )
+        else:
+            result = run_svi(
+                *fit,
+                progress=progress,
+                observers=[*log, *prepared.observers],
+                rows=plan.rows,
+                resample=resample,
+                checkpoints=checkpoints,
+            )
     seconds = time.perf_counter() - before + (checkpoints.seconds if checkpoints else 0.0)
     return _finish(plan, prepared, result, seconds)
 
@@ -484,8 +584,12 @@ def _refusal_to_run_together(plan: Plan) -> str | None:
     if plan.method in SPECIAL:
         return "it is no SVI"
     options = plan.schema(TrainingOptions)
+    if options.processes > 1:
+        return "its rows are shared among processes"
     if not captures(options):
         return "its steps are not captured"
+    if plan.rows is not None:
+        return "each reads its rows in an order of its own"
     if plan.records.checkpoint is not None:
         return "each has checkpoints of its own"
     if resolve_device(options.device, plan.entry.dtype).type != "cpu":
@@ -517,8 +621,10 @@ def _seeded(
     return prepared, SeededFit(state, generator, [*log, *prepared.observers], resample)
 
 
-def _run_together(plan: Plan, seeds: Sequence[int], thetas: Mapping[int, Entry], progress: bool) -> list[Fit]:
-    """Return the fits from as many of the ``seeds`` as one batch may hold.
+def _run_together(
+    plan: Plan, seeds: Sequence[int], thetas: Mapping[int, Entry], progress: bool
+) -> dict[int, Fit | NumericalFailure]:
+    """Return the fits from as many of the ``seeds`` as one batch may hold, and the errors of those that broke down.
 
     Raises
     ------
@@ -539,12 +645,15 @@ def _run_together(plan: Plan, seeds: Sequence[int], thetas: Mapping[int, Entry],
             title = f"{first.entry.name()} {first.guide.name}, {len(seeds)} seeds"
             results = run_together(fits, graph, title, progress=progress)
         total = time.perf_counter() - before
-    steps = max(1, sum(len(result.trajectory.rows) for result in results))
-    done = []
+    steps = max(1, sum(len(fit.state.trajectory.rows) for fit in fits))
+    done: dict[int, Fit | NumericalFailure] = {}
     for (prepared, fit), result in zip(pairs, results, strict=True):
+        if isinstance(result, NumericalFailure):
+            done[prepared.seed] = result
+            continue
         with isolated(prepared.seed):
             torch.set_rng_state(fit.generator.get_state())
-            done.append(_finish(plan, prepared, result, total * len(result.trajectory.rows) / steps))
+            done[prepared.seed] = _finish(plan, prepared, result, total * len(result.trajectory.rows) / steps)
     return done
 
 
@@ -557,7 +666,8 @@ def _run_em(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> F
     if not isinstance(entry, SupportsEM):
         return _run_monte_carlo_em(plan, entry, x, seed, progress)
     before = time.perf_counter()
-    run = run_em(entry, x, plan.schema(EMOptions), seed=seed, progress=progress)
+    rows = x if plan.rows is None else plan.rows
+    run = run_em(entry, rows, plan.schema(EMOptions), seed=seed, start=x, progress=progress)
     seconds = time.perf_counter() - before
     guide = build_guide("exact", entry, x)
     return _fit(
@@ -597,24 +707,54 @@ def _checkpoints(
     """Return the checkpoints of a fit; options in ``lengths`` may grow, since they change nothing before the end."""
     if records.checkpoint is None:
         return None
-    program = type(entry.program).__qualname__ if isinstance(entry, Program) else None
     free = () if getattr(options, "schedule", None) == "cosine" else lengths
-    frozen = {name: value for name, value in entry.named_parameters() if not value.requires_grad}
+    identity = identity_of(
+        plan,
+        seed,
+        frozen={name: value for name, value in entry.named_parameters() if not value.requires_grad},
+        option=options.model_dump(mode="json", exclude={*free, "device"}),
+        checksum=fingerprint({"x": plan.x, **plan.companions.while_fitting()}),
+        device=device,
+    )
     versions = provenance()
-    identity = {
+    machine = {name: versions[name] for name in ("threads", "platform")}
+    return Checkpoints(records.checkpoint, records.checkpoint_every, identity, machine)
+
+
+def identity_of(
+    plan: Plan,
+    seed: int,
+    *,
+    frozen: Mapping[str, Tensor],
+    option: Mapping[str, Any],
+    checksum: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Return what a fit is a fit of: plain values by name, so that what it left on disk is known again.
+
+    Parameters
+    ----------
+    frozen : mapping of Tensor
+        Parameters of the model that stay as they are.
+    option : mapping
+        Options of the method that matter.
+    checksum : str
+        What :func:`~elbozoo.inference.checkpoints.fingerprint` returns for the data that matter.
+    """
+    entry, versions = plan.entry, provenance()
+    program = type(entry.program).__qualname__ if isinstance(entry, Program) else None
+    return {
         "version": {name: versions[name] for name in ("elbozoo", "torch", "pyro-ppl")},
         "model": entry.name() if program is None else f"{entry.name()} {program}",
         "method": plan.method,
         "seed": seed,
         "model option": entry.options.model_dump(mode="json"),
         "guide option": plan.schema(GuideOptions).model_dump(mode="json"),
-        "option": options.model_dump(mode="json", exclude={*free, "device"}),
-        "data": {"shape": list(plan.x.shape), "sha256": fingerprint({"x": plan.x, **plan.companions.while_fitting()})},
+        "option": dict(option),
+        "data": {"shape": [plan.total, *plan.x.shape[1:]], "sha256": checksum},
         "fixed parameters": fingerprint(frozen) if frozen else None,
         "device": str(device),
     }
-    machine = {name: versions[name] for name in ("threads", "platform")}
-    return Checkpoints(records.checkpoint, records.checkpoint_every, identity, machine)
 
 
 def _run_closed_form(plan: Plan, entry: Entry, x: Tensor, seed: int, progress: bool) -> Fit:
@@ -664,6 +804,8 @@ def _fit(
     if plan.companions.intensities is not None:
         how = "to new draws of the pixels at each step" if plan.method not in SPECIAL else "to that one draw alone"
         notes = [*(notes or []), f"figures are of one draw of the binary pixels; the fit was {how}"]
+    if plan.rows is not None and guide.is_local and guide.is_bound and not holds_posterior(guide, entry, plan.x):
+        notes = [*(notes or []), NOT_DIVIDED]
     # The run built both for itself, so the fit owns them; everything is judged in float64.
     return Fit(
         model=entry.name(),
@@ -680,7 +822,8 @@ def _fit(
         guide_options=plan.schema(GuideOptions),
         shape=tuple(plan.x.shape),
         notes=notes or [],
-        x=plan.x.double(),
+        x=plan.x.double() if plan.rows is None else None,
+        rows=plan.rows,
         validation=watch.frame() if watch else None,
         companions=plan.companions,
     )

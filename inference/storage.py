@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
@@ -25,9 +25,53 @@ from elbozoo.models.contract.sequences import StackedEntry
 if TYPE_CHECKING:
     from elbozoo.inference.fit import Fit
 
+Module = TypeVar("Module", bound=torch.nn.Module)
+
 FORMAT = 3
 CARD, MODEL, GUIDE, TRAJECTORY = "fit.json", "model.safetensors", "guide.safetensors", "trajectory.csv"
+KEPT = (
+    "model",
+    "method",
+    "seed",
+    "objective",
+    "seconds",
+    "converged",
+    "interrupted",
+    "options",
+    "notes",
+    "provenance",
+)
 VALIDATION = "validation.csv"  # where validation rows were asked for
+FINISHED = "finished.json"  # where a comparison left the fit, see inference/finished.py
+DAMAGE = (
+    AttributeError,
+    KeyError,
+    SafetensorError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # what reading damaged files raises
+
+
+class Packed(NamedTuple):
+    """A fit without modules and data, as files hold it and as workers send it.
+
+    Attributes
+    ----------
+    card : dict
+        What people read: plain values by name.
+    model, guide : dict of Tensor
+        Parameters and buffers by name.
+    trajectory, validation : DataFrame
+        Records along the fit; the second is None where there is none.
+    """
+
+    card: dict[str, Any]
+    model: dict[str, torch.Tensor]
+    guide: dict[str, torch.Tensor]
+    trajectory: pd.DataFrame
+    validation: pd.DataFrame | None
 
 
 def save_fit(fit: Fit, directory: str | Path) -> Path:
@@ -43,13 +87,10 @@ def save_fit(fit: Fit, directory: str | Path) -> Path:
             "found a program of your own, expected an entry of the zoo: save fit.entry.state_dict() beside your code"
         )
     folder = writable_directory(directory)
-    save_file(_tensors(fit.entry), folder / MODEL)
-    save_file(_tensors(fit.guide), folder / GUIDE)
-    fit.trajectory.to_csv(folder / TRAJECTORY, index=False)
-    (folder / VALIDATION).unlink(missing_ok=True)  # what an earlier fit left there is not of this one
-    if fit.validation is not None:
-        fit.validation.to_csv(folder / VALIDATION, index=False)
-    (folder / CARD).write_text(json.dumps(_card(fit), indent=2) + "\n", encoding="utf-8")
+    # What an earlier fit left there is not of this one.
+    (folder / FINISHED).unlink(missing_ok=True)
+    (folder / VALIDATION).unlink(missing_ok=True)
+    write_packed(pack_fit(fit), folder)
     return folder
 
 
@@ -66,18 +107,84 @@ def read_fit(directory: str | Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise InvalidInput(f"{folder}: found no file {name}, expected a directory written by Fit.save")
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        if card["format"] != FORMAT:
+        packed = read_packed(folder)
+        if packed.card["format"] != FORMAT:
             raise InvalidInput(
-                f"{folder}: found a fit of format {card['format']}, expected {FORMAT}: fit again with this version"
+                f"{folder}: found a fit of format {packed.card['format']}, expected {FORMAT}: fit again with this "
+                "version"
             )
-        return _restore(card, folder)
+        return unpack_fit(packed)
     except InvalidInput:
         raise
-    except (KeyError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise InvalidInput(
             f"{folder}: the saved fit is damaged ({str(error).splitlines()[0]}); expected files as Fit.save wrote them"
         ) from None
+
+
+def pack_fit(fit: Fit) -> Packed:
+    """Return what :func:`unpack_fit` makes ``fit`` of again; the fit goes on as it is."""
+    card = json.loads(card_text(fit))  # as it comes back from a file: lists for tuples
+    return Packed(card, _tensors(fit.entry), _tensors(fit.guide), fit.trajectory, fit.validation)
+
+
+def unpack_fit(packed: Packed, like: Entry | None = None, x: torch.Tensor | None = None) -> dict[str, Any]:
+    """Return the fields of a fit, by name, without its data.
+
+    Parameters
+    ----------
+    like : Entry, optional
+        The entry to give its parameters to, float64; by default one is built by its name, as a program of the user's
+        cannot be.
+    x : Tensor (N, D), optional
+        Data of the fit, arranged, from which the guide takes its shapes; by default some are simulated.
+    """
+    card = packed.card
+    entry = _entry_of(card) if like is None else like
+    entry.load_state_dict(packed.model)
+    guide_options = GuideOptions.parse(card["guide_options"])
+    entry.table_names, entry.levels = tuple(card["names"]), card["levels"]
+    x = placeholder(entry, tuple(card["shape"])) if x is None else x
+    guide = _restore_guide(card["guide"], entry, x, guide_options, packed.guide)
+    return {
+        **{key: card[key] for key in KEPT},
+        "shape": tuple(card["shape"]),
+        "entry": contiguous(entry),
+        "guide": contiguous(guide),
+        "guide_options": guide_options,
+        "trajectory": packed.trajectory,
+        "validation": packed.validation,
+    }
+
+
+def write_packed(packed: Packed, folder: Path) -> None:
+    """Write a fit to files in ``folder``."""
+    save_file(packed.model, folder / MODEL)
+    save_file(packed.guide, folder / GUIDE)
+    packed.trajectory.to_csv(folder / TRAJECTORY, index=False)
+    if packed.validation is not None:
+        packed.validation.to_csv(folder / VALIDATION, index=False)
+    (folder / CARD).write_text(_json(packed.card), encoding="utf-8")
+
+
+def read_packed(folder: Path) -> Packed:
+    """Read what :func:`write_packed` wrote; errors are whatever damaged files lead to, see :data:`DAMAGE`."""
+    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    validation = pd.read_csv(folder / VALIDATION) if (folder / VALIDATION).is_file() else None
+    return Packed(
+        card, load_file(folder / MODEL), load_file(folder / GUIDE), pd.read_csv(folder / TRAJECTORY), validation
+    )
+
+
+def contiguous(module: Module) -> Module:
+    """Lay out the tensors of a module as they come back from a file, and return it.
+
+    Matrix products may round otherwise where a matrix is stored by columns, and a fit that comes back is to say the
+    same to the last bit.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return module
 
 
 def writable_directory(directory: str | Path) -> Path:
@@ -99,6 +206,15 @@ def writable_directory(directory: str | Path) -> Path:
             f"output directory {folder}: {error.strerror or error}; choose one that can be written to"
         ) from None
     return folder
+
+
+def card_text(fit: Fit) -> str:
+    """Return the card of a fit as it stands in its file."""
+    return _json(_card(fit))
+
+
+def _json(card: dict[str, Any]) -> str:
+    return json.dumps(card, indent=2) + "\n"
 
 
 def _card(fit: Fit) -> dict[str, Any]:
@@ -124,47 +240,26 @@ def _card(fit: Fit) -> dict[str, Any]:
     }
 
 
-def _restore(card: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _entry_of(card: dict[str, Any]) -> Entry:
+    """Build the entry of a card, at the starting values of its class."""
+    if card["model"] == Program.name():
+        raise InvalidInput(
+            "found a fit of a program of your own, expected one of an entry of the zoo: only its code can rebuild it"
+        )
     entry_class = get_entry(card["model"])
-    entry = entry_class(entry_class.Options.parse(card["model_options"]), card["columns"]).double()
-    entry.load_state_dict(load_file(folder / MODEL))
-    guide_options = GuideOptions.parse(card["guide_options"])
-    entry.table_names, entry.levels = tuple(card["names"]), card["levels"]
-    guide = _restore_guide(card["guide"], entry, tuple(card["shape"]), guide_options, load_file(folder / GUIDE))
-    kept = (
-        "model",
-        "method",
-        "seed",
-        "objective",
-        "seconds",
-        "converged",
-        "interrupted",
-        "options",
-        "notes",
-        "provenance",
-    )
-    return {
-        **{key: card[key] for key in kept},
-        "shape": tuple(card["shape"]),
-        "entry": entry,
-        "guide": guide,
-        "guide_options": guide_options,
-        "trajectory": pd.read_csv(folder / TRAJECTORY),
-        "validation": pd.read_csv(folder / VALIDATION) if (folder / VALIDATION).is_file() else None,
-    }
+    return entry_class(entry_class.Options.parse(card["model_options"]), card["columns"]).double()
 
 
 def _restore_guide(
-    name: str, entry: Entry, shape: tuple[int, ...], options: GuideOptions, tensors: dict[str, torch.Tensor]
+    name: str, entry: Entry, x: torch.Tensor, options: GuideOptions, tensors: dict[str, torch.Tensor]
 ) -> Guide:
     if name == DrawsGuide.NAME:
         return DrawsGuide.from_state(tensors)
     if name == ConjugateGuide.NAME:
         return ConjugateGuide.from_state(entry, tensors)
     # The guide takes its shapes from data: any data of the right size will do, and any starting values.
-    x, options = placeholder(entry, shape), options.without_search()
     with isolated(0):
-        guide = build_guide(name, entry, x, options)
+        guide = build_guide(name, entry, x, options.without_search())
         guide.prepare_to_load(Batch.full(x))
     guide.load_state_dict(tensors)
     return guide
