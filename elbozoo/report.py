@@ -161,7 +161,7 @@ def html(comparison: Comparison) -> str:
     title = f"{comparison.model} on {comparison.data['name']}"
     sections = [
         _section("In words", _list(headline(comparison), "headline")),
-        _section("Summary", _summary_table(comparison)),
+        _section("Summary", _summary_table(comparison) + _failures(comparison)),
         _section("Held-out rows", _heldout_table(comparison)),
         _section("Along the fits", _curves_figure(comparison)),
         _section("Where the nats go", _ledger_figure(comparison)),
@@ -393,6 +393,10 @@ def _count(n: int, noun: str) -> str:
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _failures(comparison: Comparison) -> str:
+    return "".join(f"<p>{escape(str(failure))}</p>" for failure in comparison.failures)
 
 
 def _summary_table(comparison: Comparison) -> str:
