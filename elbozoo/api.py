@@ -455,9 +455,10 @@ def _in_memory(rows: Dataset | StoredData) -> Dataset:
         For any that are not, with how to read them.
     """
     if isinstance(rows, StoredData):
+        instead = "bring what its compute() returns" if rows.is_computed else "load them with stream=False"
         raise InvalidInput(
             f"{rows.name}: found {len(rows.rows)} rows that are not in memory, expected rows that are, since all are "
-            "looked at together; read them with load_data(..., stream=False)"
+            f"looked at together; {instead}"
         )
     return rows
 

@@ -200,8 +200,10 @@ def _loaded(source: Any, wanted: Wanted, how: _Place) -> Dataset:
 def _stored(source: Any, columns: Columns, stream: bool | None, asked: list[str]) -> StoredData | None:
     """Return rows that are read when they are needed, and None where all of them are to be read now."""
     if isinstance(source, StoredData):
+        # A model that may have missing values does without them.
+        asked = [name for name in asked if name != "missing"]
         if asked or stream is False:
-            raise _no_stream(source.name, asked or ["stream=False"])
+            raise _no_stream(source.name, asked or ["stream=False"], source.is_computed)
         return source.pick(columns)
     if is_collection(source):
         return _computed(source, columns, stream, asked)
@@ -223,7 +225,7 @@ def _computed(source: Any, columns: Columns, stream: bool | None, asked: list[st
     # A model that may have missing values does without them.
     asked = [name for name in asked if name != "missing"]
     if asked or stream is False:
-        raise _no_stream(where, asked or ["stream=False"])
+        raise _no_stream(where, asked or ["stream=False"], True)
     rows = dask_rows(source, [columns] if isinstance(columns, str) else columns)
     return StoredData(where, rows, list(rows.names), "computed by Dask", is_computed=True)
 
@@ -274,10 +276,13 @@ def _whatever_size(source: Any, columns: Columns, asked: list[str]) -> Survey:
     return survey(path, columns)
 
 
-def _no_stream(where: str, asked: list[str]) -> InvalidInput:
+def _no_stream(where: str, asked: list[str], is_computed: bool = False) -> InvalidInput:
+    instead = (
+        "bring what its compute() returns" if is_computed else "load the path again with stream=False or --no-stream"
+    )
     return InvalidInput(
         f"{where}: found {', '.join(asked)} with rows that are streamed; expected numbers as they are stored, since a "
-        f"stream has no labels, missing values or binary pixels; {IN_MEMORY}"
+        f"stream has no labels, missing values or binary pixels; {instead}"
     )
 
 

@@ -159,14 +159,18 @@ def prepare_stream(
         parsed = cls.Options.parse({name: v for name, v in options.items() if name in cls.Options.model_fields})
         parsed = parsed.at_positions(sample.columns)
         _check(cls, parsed, some, f"a sample of {len(some)} rows")
-        data.rows.total(partial(_refuse_rows, cls, parsed, sample.x[:FEW]), max, READ_AT_ONCE)
+        data.rows.total(partial(_refuse_rows, cls, parsed, some), max, READ_AT_ONCE)
     return prepared._replace(arguments={**data.arguments, **prepared.arguments}, stream=data.rows)
 
 
 def _refuse_rows(cls: type[Entry], options: Any, some: Tensor, part: Part) -> int:
     """Hold a part against what the entry accepts; good rows of the sample beside it stand for the others."""
-    _check(cls, options, torch.cat([some, part.x]), f"rows {part.start + 1} to {part.start + len(part.x)}")
-    return part.start + len(part.x)
+    end = part.start + len(part.x)
+    try:
+        _check(cls, options, torch.cat([some[:: max(1, len(some) // FEW)], part.x]), "")
+    except InvalidInput:  # rows of a sorted file may be alike; what is still wrong beside the whole sample is theirs
+        _check(cls, options, torch.cat([some, part.x]), f"rows {part.start + 1} to {end}")
+    return end
 
 
 def _check(cls: type[Entry], options: Any, x: Tensor, where: str) -> None:

@@ -7,6 +7,7 @@ process, and so that no more than a part of them is ever in memory.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,12 +22,14 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from elbozoo.files import Mapped, corrupt_parquet, is_array, is_parquet, mapped_array, parquet_files
+from elbozoo.files import UNNAMED, Mapped, corrupt_parquet, is_array, is_parquet, mapped_array, parquet_files
 from elbozoo.inference.rows import Rows
 from elbozoo.models.contract.entry import default_names
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.tables import LEAVE_OUT, Columns, Floats, Wanted
 from elbozoo.words import count, flat, refuse_duplicates, short
+
+logger = logging.getLogger(__name__)
 
 STREAM_BYTES = 2**29  # in float64; what is larger is left where it is
 ROWS_OF_BLOCK = 2**18  # of an array, and of small row groups together: enough to share among the workers of a cluster
@@ -47,6 +50,8 @@ class ArrayBlock:
         The file.
     where : str
         What messages call it.
+    stamp : tuple of int
+        What the file was when it was opened, see :func:`_stamp`.
     first, last : int
         Positions in the file of the first row, and of the one after the last.
     columns : tuple of int
@@ -55,6 +60,7 @@ class ArrayBlock:
 
     path: str
     where: str
+    stamp: tuple[int, int]
     first: int
     last: int
     columns: tuple[int, ...] = ()
@@ -78,10 +84,10 @@ class ArrayBlock:
         return replace(self, columns=tuple(self.columns[p] if self.columns else p for p in positions))
 
     def _read(self, start: int, stop: int) -> Floats:
+        if _stamp(self.path) != self.stamp:
+            raise _changed(self.where)
         array = mapped_array(Path(self.path), self.where)
         width = _shape(array)[1]
-        if len(array) < self.last or width <= max(self.columns, default=0):
-            raise _changed(self.where)
         columns = self.columns or tuple(range(width))
         if array.flags.c_contiguous:
             values = _rows_of(array, start, stop, self.columns)
@@ -122,6 +128,8 @@ class ParquetBlock:
         The file.
     where : str
         What messages call it.
+    stamp : tuple of int
+        What the file was when it was opened, see :func:`_stamp`.
     groups : tuple of int
         Positions of the row groups.
     first : int
@@ -134,6 +142,7 @@ class ParquetBlock:
 
     path: str
     where: str
+    stamp: tuple[int, int]
     groups: tuple[int, ...]
     first: int
     rows: int
@@ -151,6 +160,8 @@ class ParquetBlock:
             For cells that are missing, not finite or not held by float64, and if the file cannot be read or is no
             longer what it was.
         """
+        if _stamp(self.path) != self.stamp:
+            raise _changed(self.where)
         read = 0
         for batch in self._batches(chunk):
             yield torch.from_numpy(self._values(batch, self.first + read))
@@ -346,8 +357,9 @@ def _of_array(path: Path, where: str, columns: Columns) -> Survey:
     if not names:
         raise InvalidInput(f"{where}: found no column; expected at least 1; bring data with numeric columns")
     picked = () if names == known else tuple(map(known.index, names))
+    stamp = _stamp(path)
     blocks = [
-        ArrayBlock(os.fspath(path), where, start, min(start + ROWS_OF_BLOCK, rows), picked)
+        ArrayBlock(os.fspath(path), where, stamp, start, min(start + ROWS_OF_BLOCK, rows), picked)
         for start in range(0, rows, ROWS_OF_BLOCK)
     ]
     return Survey(where, f"the file {where}", blocks, names, [])
@@ -437,8 +449,11 @@ def _footer_of(path: Path, where: str) -> Footer:
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return what changes as a file is written again."""
-    status = os.stat(path)
+    """Return what changes as a file is written again: the time of that, and its size."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return (0, 0)
     return status.st_mtime_ns, status.st_size
 
 
@@ -456,6 +471,9 @@ def _is_number(kind: pa.DataType) -> bool:
 def _of_tables(where: str, origin: str, footers: Sequence[Footer], columns: Columns) -> Survey:
     first = footers[0]
     picked = Wanted(columns, (), False, False).names(where, list(first.types), [])
+    if columns is None and picked and UNNAMED.fullmatch(picked[0]) and pa.types.is_integer(first.types[picked[0]]):
+        logger.warning("%s: left out 1 column without a name (row names)", where)
+        picked = picked[1:]
     left_out = [name for name in picked if name not in first.numeric]
     if left_out and (columns is not None or not first.numeric):
         found = f"column {left_out[0]!r} holds {short(str(first.types[left_out[0]]), 40)}"
@@ -469,14 +487,15 @@ def _of_tables(where: str, origin: str, footers: Sequence[Footer], columns: Colu
 
 def _blocks(footer: Footer, names: Sequence[str]) -> Iterator[ParquetBlock]:
     """Yield blocks of the row groups of a file, small ones together."""
-    columns = tuple(footer.spelled[name] for name in names)
+    columns, stamp = tuple(footer.spelled[name] for name in names), _stamp(footer.path)
     before = [0, *accumulate(footer.groups)]
     start = 0
     for stop in range(1, len(before)):
         rows = before[stop] - before[start]
         is_last = stop == len(before) - 1
         if rows and (is_last or rows >= ROWS_OF_BLOCK):
-            yield ParquetBlock(footer.path, footer.where, tuple(range(start, stop)), before[start], rows, columns)
+            groups = tuple(range(start, stop))
+            yield ParquetBlock(footer.path, footer.where, stamp, groups, before[start], rows, columns)
             start = stop
 
 

@@ -327,11 +327,11 @@ class ClusterRows(Rows):
         self.client = client
         self._sources: list[Future | Delayed] = self._placed(self.blocks)
 
-    def parts(self, chunk: int) -> Iterator[Part]:
-        """Yield the rows in order, at most ``chunk`` at once, a block at a time in the memory of this process."""
-        for block, start, source in zip(self.blocks, self.starts, self._sources, strict=True):
-            here = self._result(source) if isinstance(block, DaskBlock) else block
-            yield from parts_of(here, start, chunk)
+    def parts_of_block(self, position: int, chunk: int) -> Iterator[Part]:
+        """Yield the rows of a block in order, at most ``chunk`` at once; all of it is in the memory of this process."""
+        block = self.blocks[position]
+        here = self._result(self._sources[position]) if isinstance(block, DaskBlock) else block
+        yield from parts_of(here, self.starts[position], chunk)
 
     def total(self, of_part: Callable[[Part], T], merge: Callable[[T, T], T], chunk: int) -> T:
         """Return ``of_part`` of each part of at most ``chunk`` rows, merged on the workers.

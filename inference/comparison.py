@@ -19,11 +19,19 @@ from elbozoo.inference.finished import FinishedFits, holds
 from elbozoo.inference.fit import Fit
 from elbozoo.inference.heldout import ALONE, Companions, HeldOut
 from elbozoo.inference.ledger import Ledger
-from elbozoo.inference.method import Plan, plan, refuse_without_records, valid_seed, warn_of_unread
+from elbozoo.inference.method import (
+    Plan,
+    plan,
+    refuse_without_records,
+    schemas_of_method,
+    valid_seed,
+    warn_of_unread,
+)
 from elbozoo.inference.records import NO_RECORDS, Records
 from elbozoo.inference.rows import Rows
 from elbozoo.inference.storage import writable_directory
 from elbozoo.inference.tasks import Book, Failure, Shared, Task, runner
+from elbozoo.inference.training import TrainingOptions
 from elbozoo.models.contract.entry import Program, SupportsEM
 from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
 from elbozoo.models.contract.options import plain
@@ -241,6 +249,8 @@ def run_comparison(
         teacher, plans = None, _unlike([prepare(method) for method in asked])
     warn_of_unread([*plans, *([teacher] if teacher else [])])
     refuse_without_records(plans)
+    if scheduler is not None:
+        _refuse_processes([*plans, *([teacher] if teacher else [])])
     shared = Shared(plans[0])
     book = functools.partial(Book, levels=levels or {})
     with runner(scheduler, len(chosen) * (len(plans) + bool(teacher)), progress) as run:
@@ -248,12 +258,13 @@ def run_comparison(
         run.run([Task(teacher, seed) for seed in chosen] if teacher else [], first, shared)
         tasks = _tasks(plans, chosen, teacher, first)
         results = book(_kept(out, FITS), on_fit=on_fit)
-        run.run(tasks, results, shared)
+        if not first.stopped:
+            run.run(tasks, results, shared)
     keys = [task.key for task in tasks if task.key in results.figures]
     order = {task.key: position for position, task in enumerate(tasks)}
     failures = [*first.failures, *sorted(results.failures, key=lambda failure: order[failure[:2]])]
     if not keys:
-        raise _nothing(failures)
+        raise KeyboardInterrupt if first.stopped or results.stopped else _nothing(failures)
     fits = [results.fits[key] for key in keys]
     ledgers = _with_learning_gaps([results.figures[key].ledger for key in keys], shared.closed_form)
     table = pd.DataFrame([_row(fit, ledger) for fit, ledger in zip(fits, ledgers, strict=True)])
@@ -268,6 +279,17 @@ def run_comparison(
     # From plain values, which have a type by column; a Series of them has none.
     table = pd.concat([table, pd.DataFrame([each._asdict() for each in heldout if each is not None])], axis=1)
     return Comparison(fits[0].model, data, fits, table, plain(options), _about(companions), failures)
+
+
+def _refuse_processes(plans: list[Plan]) -> None:
+    """Refuse fits that several processes share where workers, which start none, are to run them."""
+    for each in plans:
+        read = schemas_of_method(each.method, each.entry)
+        if TrainingOptions in read and each.schema(TrainingOptions).processes > 1:
+            raise InvalidInput(
+                f"option processes: found {each.schema(TrainingOptions).processes} with a scheduler, expected 1: its "
+                "workers start no processes; leave one of the two out"
+            )
 
 
 def _tasks(plans: list[Plan], seeds: list[int], teacher: Plan | None, first: Book) -> list[Task]:

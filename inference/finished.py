@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors import SafetensorError
+
 from elbozoo.inference.checkpoints import first_difference
 from elbozoo.inference.heldout import HeldOut
 from elbozoo.inference.ledger import Ledger
@@ -115,26 +117,36 @@ class FinishedFits:
                 _write(folder, {"identity": _as_read(identity), "files": checksums, "figures": None})
             partial.rename(ready)
             self._put_in_place(ready)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             # Hours of work are worth more than a copy of them, and what was there may still be.
-            logger.warning("%s: %s not written: %s", self.folder, ", ".join(fits), error.strerror or error)
+            reason = getattr(error, "strerror", None) or error
+            logger.warning("%s: %s not written: %s", self.folder, ", ".join(fits), reason)
             shutil.rmtree(partial, ignore_errors=True)
 
-    def keep_figures(self, name: str, figures: Figures) -> None:
-        """Write the figures of the fit called ``name`` beside it."""
+    def keep_figures(self, name: str, identity: Mapping[str, Any], figures: Figures) -> None:
+        """Write the figures of the fit called ``name`` beside it, unless another fit is still there."""
         folder = self.folder / name
+        if not (folder / FINISHED).is_file():
+            return  # the fit could not be written, which has been said
         try:
-            _write(folder, {**_read(folder), "figures": _encoded(figures)})
+            marker = _read(folder)
+            if first_difference(marker["identity"], _as_read(identity)) is None:
+                _write(folder, {**marker, "figures": _encoded(figures)})
         except DAMAGE as error:
             logger.warning("%s: the figures were not written: %s", folder, error)
 
     def _put_in_place(self, ready: Path) -> None:
         for fit in sorted(ready.iterdir()):
             place = self.folder / fit.name
-            if place.exists():
-                shutil.rmtree(place)
-            fit.rename(place)
-        ready.rmdir()
+            try:
+                if place.is_dir():
+                    shutil.rmtree(place)
+                elif place.exists():
+                    place.unlink()
+                fit.rename(place)
+            except OSError as error:
+                logger.warning("%s not written: %s", place, error.strerror or error)
+        shutil.rmtree(ready, ignore_errors=True)
 
 
 def holds(folder: Path, fit: Fit) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,9 +38,9 @@ from elbozoo.inference.posterior_guide import posterior_guide, refusal_of_poster
 from elbozoo.inference.records import NO_RECORDS, Records
 from elbozoo.inference.resampling import PixelDraws
 from elbozoo.inference.row_density import refusal_of_density
-from elbozoo.inference.rows import Rows
+from elbozoo.inference.rows import Part, Rows
 from elbozoo.inference.steps import unique_parameters
-from elbozoo.inference.svi import Observer, SVIResult, begin, check_training, run_svi
+from elbozoo.inference.svi import Observer, SVIResult, begin, check_training, refuse_lost_parameters, run_svi
 from elbozoo.inference.training import TrainingOptions
 from elbozoo.inference.trajectory import Trajectory
 from elbozoo.inference.validation import Validation, check_validation, validation_for
@@ -61,6 +63,7 @@ from elbozoo.models.contract.sites import LatentSite
 
 logger = logging.getLogger(__name__)
 
+BREAKDOWNS = (NumericalFailure, torch.linalg.LinAlgError)  # of a fit, which are no end of other fits
 SCHEMA_TITLES: dict[type[Options], str] = {
     GuideOptions: "guide",
     TrainingOptions: "SVI",
@@ -72,6 +75,7 @@ SCHEMA_TITLES: dict[type[Options], str] = {
 SCHEMAS: tuple[type[Options], ...] = tuple(SCHEMA_TITLES)
 SPECIAL = ("em", "closed-form", "cavi", "nuts")
 DEFAULTS = ("em", "mean-field", "amortized")
+CHECKED_AT_ONCE = 2**16  # rows
 NOT_DIVIDED = (
     "the gap is not divided: the best member of the family was not searched for over data that are not in memory; "
     "fit.ledger(x) divides it on some rows x"
@@ -161,14 +165,14 @@ class Plan:
                 yield done
                 if any(isinstance(each, Fit) and each.interrupted for each in done.values()):
                     return
-        except (NotTogether, NumericalFailure, torch.linalg.LinAlgError) as refusal:  # of whichever seed it may be
+        except (NotTogether, *BREAKDOWNS) as refusal:  # of whichever seed it may be
             reason = str(refusal)
         if len(todo) > 1 and self.method not in SPECIAL:
             logger.info("%s %s: %d seeds run one by one: %s", self.entry.name(), self.label, len(todo), reason)
         for seed in todo:
             try:
                 fit = self.run(seed, theta=thetas.get(seed), progress=progress)
-            except (NumericalFailure, torch.linalg.LinAlgError) as error:
+            except BREAKDOWNS as error:
                 yield {seed: NumericalFailure(str(error))}
                 continue
             yield {seed: fit}
@@ -248,6 +252,12 @@ def plan(
     reason = None if rows is None else refusal_of_stream(canonical, entry)
     if reason is not None:
         raise _needs_memory(canonical, reason)
+    is_all_local = rows is None or all(site.is_local for site in entry.latent_sites(arranged))
+    if companions.heldout is not None and not is_all_local:
+        raise InvalidInput(
+            f"{companions.part}: found it with data that are not in memory and a latent of the whole data set, "
+            "expected one of the two: new rows depend on all others through it; leave it out, or load the data into memory"
+        )
     result = Plan(canonical, method, entry, arranged, dict(options), build, x, records, companions, rows)
     for schema in SCHEMAS:
         result.schema(schema)
@@ -535,6 +545,7 @@ def _finish(plan: Plan, prepared: _Prepared, result: SVIResult, seconds: float, 
     before = time.perf_counter()
     entry, guide, watch = prepared.entry, prepared.guide, prepared.watch
     of_watch = watch.finish(len(result.trajectory.rows)) if watch else []
+    refuse_lost_parameters(entry, guide)
     entry.cpu()
     guide.cpu()
     guide.finalize(Batch.full(prepared.x))
@@ -713,12 +724,25 @@ def _checkpoints(
         seed,
         frozen={name: value for name, value in entry.named_parameters() if not value.requires_grad},
         option=options.model_dump(mode="json", exclude={*free, "device"}),
-        checksum=fingerprint({"x": plan.x, **plan.companions.while_fitting()}),
+        checksum=checksum_of(plan, plan.companions.while_fitting()),
         device=device,
     )
     versions = provenance()
     machine = {name: versions[name] for name in ("threads", "platform")}
     return Checkpoints(records.checkpoint, records.checkpoint_every, identity, machine)
+
+
+def checksum_of(plan: Plan, beside: Mapping[str, Tensor]) -> str:
+    """Return a checksum of all rows of a fit and of the data ``beside`` them; one pass where they are not in memory."""
+    checksum = fingerprint({"x": plan.x, **beside})
+    if plan.rows is None:
+        return checksum
+    of_parts = plan.rows.total(_checksum_of_part, operator.add, CHECKED_AT_ONCE)
+    return hashlib.sha256("".join([checksum, *of_parts]).encode()).hexdigest()
+
+
+def _checksum_of_part(part: Part) -> list[str]:
+    return [fingerprint({"x": part.x})]
 
 
 def identity_of(
@@ -739,7 +763,7 @@ def identity_of(
     option : mapping
         Options of the method that matter.
     checksum : str
-        What :func:`~elbozoo.inference.checkpoints.fingerprint` returns for the data that matter.
+        What :func:`checksum_of` returns for the data that matter.
     """
     entry, versions = plan.entry, provenance()
     program = type(entry.program).__qualname__ if isinstance(entry, Program) else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elbozoo.inference.memory import Memory
-from elbozoo.inference.rows import Part, Rows, parts_of
+from elbozoo.inference.rows import Part, Rows
 from elbozoo.models.contract.batch import Batch
 
 OPEN_BLOCKS = 4  # that are read side by side, so that neighbours in a file are rarely neighbours in a minibatch
@@ -167,7 +167,7 @@ class StreamedMinibatches:
         """Yield parts of some blocks in turn, until all blocks have been read."""
         chunk = max(1, self.window // OPEN_BLOCKS)
         order = iter(torch.randperm(len(self.rows.blocks), generator=generator).tolist())
-        blocks = (parts_of(self.rows.blocks[i], self.rows.starts[i], chunk) for i in order)
+        blocks = (self.rows.parts_of_block(i, chunk) for i in order)
         being_read = list(islice(blocks, OPEN_BLOCKS))
         while being_read:
             for block in list(being_read):

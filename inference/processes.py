@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from elbozoo.inference.checkpoints import fingerprint
-from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
 
 LONGEST_WAIT = timedelta(minutes=30)  # of one process for the others in a step
 WATCH = 0.5  # seconds from one look at the processes to the next
@@ -41,7 +41,7 @@ STOP = "stop"
 PRELOADED = ["elbozoo.inference.svi", "lightning_fabric"]
 
 
-class LostProcess(RuntimeError):
+class LostProcess(NumericalFailure):
     """A process that shares a fit has ended without a word; the message says what is known."""
 
 
@@ -258,8 +258,9 @@ def _interrupt_as(stop: Path) -> Iterator[None]:
 
 def _serve(rank: int, folder: Path, count: int, port: int, threads: int) -> None:
     """Do this process's part of the work in ``folder``, and leave there what became of it."""
-    _leave_interrupts_to_parent()
-    (folder / f"up-{rank}").touch()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of which the process that asked says when to stop
+    threading.Thread(target=_end_with_caller, daemon=True).start()
+    (folder / f"up-{rank}").write_text(str(os.getpid()))
     if rank > 0:  # all have the same to say
         warnings.simplefilter("ignore")
         logging.disable()
@@ -295,15 +296,12 @@ def _joined(rank: int, count: int, port: int) -> Any:
     return fabric
 
 
-def _leave_interrupts_to_parent() -> None:
-    """Go on through a Control-C, of which the parent says when to stop; end with the parent."""
-    parent = os.getppid()
-
-    def end_if_orphaned(number: int, frame: Any) -> None:
-        if os.getppid() != parent:  # the system's word of it, which torch has asked for, is the same signal
-            os._exit(1)
-
-    signal.signal(signal.SIGINT, end_if_orphaned)
+def _end_with_caller() -> None:
+    """End this process when the one that asked for it has ended, which a server of processes may outlive."""
+    caller = multiprocessing.parent_process()
+    if caller is not None:
+        caller.join()
+        os._exit(1)
 
 
 def _portable(error: Exception, rank: int) -> Exception:

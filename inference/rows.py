@@ -12,6 +12,7 @@ from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,8 +85,12 @@ class Rows:
 
     def parts(self, chunk: int) -> Iterator[Part]:
         """Yield the rows in order, at most ``chunk`` at once."""
-        for block, start in zip(self.blocks, self.starts, strict=True):
-            yield from parts_of(block, start, chunk)
+        for position in range(len(self.blocks)):
+            yield from self.parts_of_block(position, chunk)
+
+    def parts_of_block(self, position: int, chunk: int) -> Iterator[Part]:
+        """Yield the rows of one of the blocks in order, at most ``chunk`` at once."""
+        return parts_of(self.blocks[position], self.starts[position], chunk)
 
     def total(self, of_part: Callable[[Part], T], merge: Callable[[T, T], T], chunk: int) -> T:
         """Return ``of_part`` of each part of at most ``chunk`` rows, merged two by two.
@@ -113,8 +118,9 @@ def merged(results: Iterator[T], merge: Callable[[T, T], T]) -> T:
 
 def sample_rows(rows: Rows, count: int, seed: int, chunk: int) -> Tensor:
     """Draw ``count`` different rows uniformly, in their order, (count, D); all of them if there are no more."""
-    generator = torch.Generator().manual_seed(seed)
-    wanted = torch.randperm(len(rows), generator=generator)[:count].sort().values
+    # A permutation of all positions would take more memory than the sample.
+    drawn = np.random.default_rng(seed).choice(len(rows), min(count, len(rows)), replace=False, shuffle=False)
+    wanted = torch.from_numpy(drawn).sort().values
     return torch.cat(rows.total(partial(_wanted, wanted), _side_by_side, chunk))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from elbozoo.guides.base import Guide, GuideOptions
 from elbozoo.inference.evidence import PARTICLES, Evidence, estimate_evidence, evidence_or_estimate
-from elbozoo.inference.ledger import KINDS, Ledger, check_bound, compute_ledger, without_bound
+from elbozoo.inference.ledger import KINDS, Ledger, check_bound, compute_ledger, joined_error, without_bound
 from elbozoo.inference.rows import Part, Rows
 from elbozoo.inference.weights import Weights, importance_weights
 from elbozoo.models.contract.batch import Batch
@@ -48,12 +48,15 @@ def streamed_ledger(
     NumericalFailure
         If the ELBO exceeds the evidence beyond the errors of both.
     """
-    if guide.is_local or not guide.is_bound:
+    if guide.is_local:
         draws = draws_of_each(len(rows))
         of_part = partial(_ledger_of_part, entry, guide, options, draws, seed)
         ledger = rows.total(of_part, Ledger.merge, _chunk(draws))
-    else:
+        _check_total(ledger)
+    elif guide.is_bound:
         ledger = _ledger_of_one_q(entry, guide, rows, seed)
+    else:  # parts share a latent, so that their evidence does not add up
+        ledger = without_bound(None, best_known, len(rows))
     return replace(ledger, learning_gap=best_known - ledger.log_evidence)
 
 
@@ -67,7 +70,19 @@ def streamed_evidence(entry: Entry, guide: Guide, rows: Rows, seed: int) -> Evid
 
 def _ledger_of_part(entry: Entry, guide: Guide, options: GuideOptions, draws: int, seed: int, part: Part) -> Ledger:
     # Each part has draws of its own; with the same ones, the errors of parts would not average out.
-    return compute_ledger(entry, guide, part.x, options, seed=_stream_of(seed, part), particles=draws, search=False)
+    return compute_ledger(
+        entry, guide, part.x, options, seed=_stream_of(seed, part), particles=draws, search=False, check=False
+    )
+
+
+def _check_total(ledger: Ledger) -> None:
+    """Hold the bound of all rows against their evidence; that of a part, of few draws, has too long a tail for it."""
+    kind = ledger.log_evidence_kind
+    if ledger.is_bound and kind is not None:
+        evidence = Evidence(ledger.log_evidence, ledger.log_evidence_se, kind, None)  # type: ignore[arg-type]
+        check_bound(ledger.elbo, ledger.elbo_se, evidence)
+        if not math.isnan(ledger.denoising_elbo):
+            check_bound(ledger.denoising_elbo, ledger.denoising_elbo_se, evidence)
 
 
 def _chunk(draws: int) -> int:
@@ -87,7 +102,7 @@ def _both(left: Evidence | None, right: Evidence | None) -> Evidence | None:
     if left is None or right is None:
         return None
     kind = max(left.kind, right.kind, key=KINDS.index)
-    return Evidence(left.value + right.value, math.hypot(left.standard_error, right.standard_error), kind, None)
+    return Evidence(left.value + right.value, joined_error(kind, left.standard_error, right.standard_error), kind, None)
 
 
 class _Draws(NamedTuple):

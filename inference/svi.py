@@ -361,11 +361,33 @@ def failure(state: TrainingState, batch: Batch, loss: float) -> NumericalFailure
     )
 
 
-def _culprit(entry: Entry, guide: Guide, batch: Batch) -> str:
+def refuse_lost_parameters(entry: Entry, guide: Guide) -> None:
+    """Refuse parameters that are not finite, as the last step may leave them.
+
+    Raises
+    ------
+    NumericalFailure
+        With the first of them.
+    """
+    lost = _lost_parameter(entry, guide)
+    if lost is not None:
+        raise NumericalFailure(
+            f"the last step: {lost}; try a smaller learning_rate, clip_norm=10, or standardised columns"
+        )
+
+
+def _lost_parameter(entry: Entry, guide: Guide) -> str | None:
     for module, what in ((guide, "guide"), (entry, "model")):
         for name, parameter in module.named_parameters():
             if not torch.isfinite(parameter).all():
-                return f"and the {what}'s parameter {name} is not finite"
+                return f"the {what}'s parameter {name} is not finite"
+    return None
+
+
+def _culprit(entry: Entry, guide: Guide, batch: Batch) -> str:
+    lost = _lost_parameter(entry, guide)
+    if lost is not None:
+        return f"and {lost}"
     with torch.no_grad(), pyro.validation_enabled(False):
         guide_trace = poutine.trace(guide).get_trace(batch)
         model_trace = poutine.trace(poutine.replay(entry, trace=guide_trace)).get_trace(batch)

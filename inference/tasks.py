@@ -8,14 +8,11 @@ others.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import math
-import operator
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,9 +31,8 @@ from elbozoo.inference.evidence import Evidence, log_evidence
 from elbozoo.inference.finished import Figures, FinishedFits
 from elbozoo.inference.fit import Fit, closed_form_evidence
 from elbozoo.inference.heldout import HeldOut
-from elbozoo.inference.method import Plan, identity_of, schemas_of_method
+from elbozoo.inference.method import BREAKDOWNS, Plan, checksum_of, identity_of, schemas_of_method
 from elbozoo.inference.progress import Report, progress_bar
-from elbozoo.inference.rows import Part
 from elbozoo.inference.storage import Packed, contiguous, pack_fit, unpack_fit
 from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry, Program
@@ -50,6 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OWN_MODELS = "elbozoo.models."
+CONSTRAINT = "to satisfy the constraint"  # how torch says what a parameter is not
 ROWS_AT_ONCE = 2**16
 
 
@@ -169,7 +166,7 @@ class Book:
         """Enter the figures of a fit."""
         self.figures[task.key] = figures
         if self.kept is not None and self._is_kept(self.fits[task.key]):
-            self.kept.keep_figures(task.name, figures)
+            self.kept.keep_figures(task.name, self._identity(task), figures)
 
     def failed(self, task: Task, cause: str) -> None:
         """Enter a fit that broke down, and say so."""
@@ -251,6 +248,8 @@ class Here:
                     return
         except KeyboardInterrupt:
             book.stopped = True  # the user wants what there is
+            missing = [task.name for task in tasks if task.key not in book.figures]
+            logger.warning("stopped; not shown: %s", ", ".join(missing) or "nothing")
 
     def _run(self, tasks: list[Task], book: Book, shared: Shared) -> None:
         for task in tasks:
@@ -274,7 +273,7 @@ class Here:
         try:
             with progress_bar(f"ledger of {task.plan.label}, seed {task.seed}", 1, self.progress):
                 book.judged(task, figures_of(book.fits[task.key], shared.closed_form, shared.evidence))
-        except NumericalFailure as error:
+        except BREAKDOWNS as error:
             book.failed(task, str(error))
 
 
@@ -309,6 +308,10 @@ class OnCluster:
             for future in completed:
                 task = running.end(future)
                 self._enter(task, future, book)
+                if future.cancelled():  # and so will all others be
+                    for left in [*running.tasks, *todo]:
+                        book.failed(left, str(_cause(future)))
+                    return
                 self._advance(1, f"{task.plan.label}, seed {task.seed}")
                 for following in self._fill(todo, running, submit):
                     completed.add(following)
@@ -316,7 +319,8 @@ class OnCluster:
             book.stopped = True  # the user wants what there is
             logger.warning("stopped with %d tasks done", self.done)
         finally:
-            self.client.cancel(running.futures)
+            if self.client.status == "running":
+                self.client.cancel(running.futures)
 
     def _advance(self, count: int, text: str) -> None:
         self.done += count
@@ -375,6 +379,11 @@ class _Running:
         return list(self._of_futures)
 
     @property
+    def tasks(self) -> list[Task]:
+        """What they are."""
+        return [task for task, _ in self._of_futures.values()]
+
+    @property
     def workers(self) -> set[str | None]:
         """Addresses of the workers that they were given to."""
         return {worker for _, worker in self._of_futures.values()}
@@ -395,10 +404,15 @@ def figures_of(fit: Fit, closed_form: float, evidence: Evidence | None) -> Figur
     Raises
     ------
     NumericalFailure
-        If a bound exceeds the truth.
+        If a bound exceeds the truth, or the fit has left parameters that no distribution can have.
     """
-    ledger = fit.full_ledger(best_known=closed_form, evidence=evidence)
-    heldout = None if fit.companions.heldout is None else HeldOut(**fit.heldout().to_dict())
+    try:
+        ledger = fit.full_ledger(best_known=closed_form, evidence=evidence)
+        heldout = None if fit.companions.heldout is None else HeldOut(**fit.heldout().to_dict())
+    except ValueError as error:
+        if CONSTRAINT not in str(error):
+            raise
+        raise NumericalFailure(f"the fit ended where no distribution is: {str(error).partition(chr(10))[0]}") from None
     return Figures(ledger, heldout)
 
 
@@ -436,15 +450,7 @@ class _Fingerprints(NamedTuple):
     def of(cls, plan: Plan) -> _Fingerprints:
         companions = {part: rows for part, rows in plan.companions._asdict().items() if rows is not None}
         is_own = isinstance(plan.entry, Program) or not type(plan.entry).__module__.startswith(OWN_MODELS)
-        data = fingerprint({"x": plan.x, **companions})
-        if plan.rows is not None:  # of which x is a sample
-            of_parts = plan.rows.total(_checksum_of_part, operator.add, ROWS_AT_ONCE)
-            data = hashlib.sha256("".join([data, *of_parts]).encode()).hexdigest()
-        return cls(data, _behaviour(plan) if is_own else None)
-
-
-def _checksum_of_part(part: Part) -> list[str]:
-    return [fingerprint({"x": part.x})]
+        return cls(checksum_of(plan, companions), _behaviour(plan) if is_own else None)
 
 
 def _behaviour(plan: Plan) -> str:
@@ -549,7 +555,7 @@ def _run_on_worker(work: _Work, evidence: Evidence | None, position: int, seed: 
         if work.judges:
             try:
                 figures = figures_of(fit, work.closed_form, evidence)
-            except NumericalFailure as error:
+            except BREAKDOWNS as error:
                 cause = str(error)
     return pickle.dumps((packed, figures, cause))
 
@@ -572,10 +578,9 @@ def _cause(future: Future) -> str | None:
     """Say what broke a task, or return None."""
     from distributed import KilledWorker
 
-    try:
-        error = future.exception()
-    except CancelledError as cancelled:
-        error = cancelled
+    if future.cancelled():
+        return "the connection to the scheduler was lost"
+    error = future.exception()
     if error is None:
         return None
     if isinstance(error, KilledWorker):

@@ -17,6 +17,7 @@ import pytest
 from elbozoo import plots, report
 from elbozoo.data import load_data
 from elbozoo.inference.comparison import Comparison, run_comparison
+from elbozoo.inference.tasks import Failure
 from elbozoo.models.contract.entry import Program
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.options import Options
@@ -79,6 +80,13 @@ def network_references(html: str) -> list[str]:
 def ppca() -> Comparison:
     options = {"steps": 60, "latent_dim": 2}
     return run_comparison("ppca", IRIS.x, METHODS, 2, options, name="iris", progress=False)
+
+
+def test_fits_that_broke_down_are_named(ppca: Comparison) -> None:
+    """With method, seed and cause, which is no markup; a comparison without them has no such line."""
+    failed = replace(ppca, failures=[Failure("mean-field", 7, HOSTILE)])
+    assert f"mean-field, seed 7 broke down: {HOSTILE}" in Page(report.html(failed)).text
+    assert "broke down" not in Page(report.html(ppca)).text
 
 
 @pytest.fixture(scope="module")

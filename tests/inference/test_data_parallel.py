@@ -11,7 +11,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -395,6 +397,47 @@ def test_a_process_that_is_killed_is_missed() -> None:
     with pytest.raises(LostProcess, match=r"processes: (one was ended by SIGKILL|another one does not answer)"):
         fit_of(is_killed, MARKED)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_asked_for_them(tmp_path: Path) -> None:
+    """Killed by a signal that nothing can catch, it leaves none behind, though a server of processes started them."""
+    script = tmp_path / "fit.py"
+    script.write_text(
+        "import elbozoo as ez\n"
+        'if __name__ == "__main__":\n'
+        '    ez.fit("ppca", "iris", guide="amortized", latent_dim=1, processes=2, batch_size=20, steps=10**7,\n'
+        '           schedule="constant", progress=False)\n'
+    )
+
+    def started() -> list[int]:
+        return [int(text) for path in tmp_path.glob("elbozoo-*/up-*") if (text := path.read_text())]
+
+    caller = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "TMPDIR": str(tmp_path)})
+    try:
+        within(120, lambda: len(started()) == 2)
+        numbers = started()
+        assert all(map(runs, numbers))
+    finally:
+        caller.kill()
+        caller.wait()
+    within(60, lambda: not any(map(runs, numbers)))
+
+
+def runs(number: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def within(seconds: float, is_so: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.05)
 
 
 def test_an_interrupt_ends_the_fit_after_a_step() -> None:

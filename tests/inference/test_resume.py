@@ -34,7 +34,7 @@ from elbozoo.inference.fit import Fit
 from elbozoo.inference.steps import PyroStep
 from elbozoo.inference.storage import FINISHED
 from elbozoo.models import get_entry
-from elbozoo.models.contract.errors import NumericalFailure
+from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
 
 pytestmark = pytest.mark.xdist_group("resume")
 
@@ -291,7 +291,7 @@ def test_an_interrupted_fit_is_shown_and_is_not_finished(
 
 
 def test_control_c_in_a_ledger_loses_the_ledger_alone(
-    whole: ez.Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]
+    whole: ez.Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str], caplog: Any
 ) -> None:
     """What has figures is shown, the fit without them is kept, and the next comparison does not repeat it."""
     ledger, count = Fit.full_ledger, 0
@@ -307,6 +307,7 @@ def test_control_c_in_a_ledger_loses_the_ledger_alone(
         patch.setattr(Fit, "full_ledger", pressed)
         part = compare(tmp_path)
     assert [(fit.method, fit.seed) for fit in part.fits] == [("em", 0), ("em", 1), ("mean-field", 0)]
+    assert "stopped; not shown: mean-field-1, amortized-0, amortized-1" in caplog.text
     assert "mean-field-1" in finished_fits(tmp_path)
     started.clear()
     assert difference(compare(tmp_path), whole) is None
@@ -315,6 +316,21 @@ def test_control_c_in_a_ledger_loses_the_ledger_alone(
         count = 3
         patch.setattr(Fit, "full_ledger", pressed)
         compare(seeds=1, methods=["em"])  # nothing to show
+
+
+def test_control_c_while_the_model_is_learned_ends_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]
+) -> None:
+    """No way to a q begins after it."""
+
+    def pressed(self: Any, seed: int, **given: Any) -> Any:
+        started.append(f"{self.label}-{seed}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(methods_module.Plan, "run", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        ez.compare("linear-vae", rows(), methods="all", seeds=2, progress=False, latent_dim=1)
+    assert started == ["em-0"]
 
 
 # ---- what is there already -------------------------------------------------------------------------------------------
@@ -483,6 +499,48 @@ def test_a_full_disk_costs_the_copy_and_no_fit(tmp_path: Path, monkeypatch: pyte
     assert not list((tmp_path / "out" / "fits").rglob(".*"))
 
 
+def test_a_full_disk_of_the_writer_of_tensors_is_one_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Which has an error of its own."""
+    from safetensors import SafetensorError
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr(finished, "write_packed", full)
+    fits = FinishedFits(tmp_path / "fits")
+    fits.keep({"em-0": (None, {})})  # type: ignore[dict-item]
+    assert "em-0 not written: Error while serializing" in caplog.text
+
+
+def test_figures_are_never_left_beside_another_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: list[str]
+) -> None:
+    """A fit that could not be written leaves the earlier one of other options as it is, with its own figures."""
+    first = compare(tmp_path, methods=["em"], seeds=1)
+    write = finished.write_packed
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(finished, "write_packed", full)
+    monkeypatch.setattr("elbozoo.inference.comparison.Comparison.save", lambda self, folder: Path(folder))
+    assert difference(compare(tmp_path, methods=["em"], seeds=1, iterations=2), first) == "table"
+    monkeypatch.setattr(finished, "write_packed", write)
+    started.clear()
+    assert difference(compare(tmp_path, methods=["em"], seeds=1), first) is None
+    assert started == []
+
+
+def test_a_file_in_the_place_of_a_fit_is_replaced(tmp_path: Path, whole: ez.Comparison) -> None:
+    """And stands in nobody's way."""
+    (tmp_path / "fits").mkdir()
+    (tmp_path / "fits" / "em-0").write_text("a note")
+    assert difference(compare(tmp_path), whole) is None
+    assert len(finished_fits(tmp_path)) == 6 and not list((tmp_path / "fits").glob(".*"))
+
+
 def test_held_out_figures_and_labels_come_back(tmp_path: Path, started: list[str]) -> None:
     """Those of a label's codes, of validation rows and of test rows; NaN and None stay what they are."""
     x = pd.DataFrame(rows().numpy(), columns=list("abcde"))
@@ -599,6 +657,39 @@ def test_a_bound_above_the_truth_is_a_failure_and_no_row(tmp_path: Path, monkeyp
         assert compare(tmp_path, methods=["em", "mean-field"]).failures == found.failures
     mended = compare(tmp_path, methods=["em", "mean-field"])
     assert not mended.failures and difference(mended, compare(methods=["em", "mean-field"])) is None
+
+
+def test_a_last_step_into_the_void_is_a_failure(caplog: Any) -> None:
+    """Parameters that are not finite after the last step, or none that a scale can have, break a fit down."""
+    for rate, cause in (
+        (1e308, "is not finite; try a smaller learning_rate"),
+        (HUGE, "ended where no distribution is"),
+    ):
+        found = compare(methods=["em", "mean-field"], seeds=1, steps=1, learning_rate=rate)
+        assert [failure[:2] for failure in found.failures] == [("mean-field", 0)]
+        assert cause in found.failures[0].cause and "\n" not in found.failures[0].cause
+        assert found.table["method"].tolist() == ["em"]
+
+
+def test_matrices_that_break_down_in_a_ledger_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of that fit alone."""
+    ledger = Fit.full_ledger
+
+    def broken(self: Fit, *given: Any, **named: Any) -> Any:
+        if self.method == "mean-field":
+            raise torch.linalg.LinAlgError("not positive definite")
+        return ledger(self, *given, **named)
+
+    monkeypatch.setattr(Fit, "full_ledger", broken)
+    found = compare(seeds=1)
+    assert [failure[:2] for failure in found.failures] == [("mean-field", 0)]
+    assert found.table["method"].tolist() == ["em", "amortized"]
+
+
+def test_several_processes_are_refused_on_workers() -> None:
+    """Before a cluster is started; without a scheduler or with one process it is none of the matter."""
+    with pytest.raises(InvalidInput, match=r"option processes: found 2 with a scheduler, expected 1"):
+        compare(methods=["em", "amortized"], processes=2, scheduler="tcp://127.0.0.1:1")
 
 
 def test_one_seed_of_a_batch_breaks_down_alone(monkeypatch: pytest.MonkeyPatch) -> None:

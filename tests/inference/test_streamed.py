@@ -402,6 +402,82 @@ def test_rows_are_not_set_aside_or_drawn_anew_while_they_stream(given: dict[str,
     assert fit.heldout()["heldout_rows"] == 20
 
 
+def test_what_all_rows_share_and_new_rows_do_not_go_together() -> None:
+    """Held-out rows depend on those of the fit through a latent of the whole data set: refused before the fit."""
+    x = simulated("normal-mean", 60)
+    rows = in_blocks(x, 20)
+    with pytest.raises(InvalidInput, match=r"test: found it with data that are not in memory and a latent"):
+        ez.fit("normal-mean", StoredData("x", rows, list(rows.names)), guide="mean-field", test=x[:10])
+
+
+def test_the_evidence_of_parts_that_share_a_latent_does_not_add_up() -> None:
+    """Without a density there are no draws to estimate it by: none is given, instead of a sum over parts."""
+    x = simulated("normal-mean", 400)
+    ledger = streamed("normal-mean", x, "delta", steps=5).full_ledger()
+    assert ledger.log_evidence != ledger.log_evidence and ledger.log_evidence_kind is None
+    assert ledger.rows == 400 and not ledger.is_bound
+
+
+def test_a_sorted_file_is_as_good_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column that is constant within most parts and not over all is no constant column; one that is, is refused."""
+    from elbozoo import preparation
+
+    monkeypatch.setattr(preparation, "READ_AT_ONCE", 50)
+    monkeypatch.setattr(preparation, "FEW", 20)
+    x = simulated("gaussian-mixture", 400)
+
+    def fit(column: Tensor) -> Fit:
+        rows = in_blocks(torch.cat([x, column[:, None]], 1), 100)
+        data = StoredData("sorted", rows, list(rows.names))
+        return ez.fit("gaussian-mixture", data, method="em", components=2, covariance="diagonal", restarts=1)
+
+    late = (torch.arange(400) >= 380).double()
+    assert fit(late).ledger()["rows"] == 400
+    with pytest.raises(InvalidInput, match=r"columns .3. .* are constant"):
+        fit(torch.zeros(400, dtype=torch.float64))
+
+
+def test_the_bound_is_held_against_the_evidence_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An oracle that is too low by little in each row, which no part can tell from chance, is found out."""
+    from elbozoo.models.contract.errors import NumericalFailure
+    from elbozoo.models.ppca import PPCA
+
+    x = simulated("ppca", 4000)
+    fit = streamed("ppca", x, "exact", latent_dim=1, steps=1)
+    assert fit.ledger()["gap"] == pytest.approx(0, abs=1e-6)
+    truth = PPCA.log_evidence
+    monkeypatch.setattr(PPCA, "log_evidence", lambda self, x: truth(self, x) - 1e-3)
+    with pytest.raises(NumericalFailure, match="exceeds log p"):
+        fit.ledger()
+
+
+def test_errors_of_quadrature_add_up() -> None:
+    """They are upper estimates and no standard deviations; those of draws are."""
+    from elbozoo.inference.ledger import joined_error
+
+    assert joined_error("quadrature", 3.0, 4.0) == 7.0
+    assert joined_error("estimate", 3.0, 4.0) == joined_error("exact", 3.0, 4.0) == 5.0
+
+
+def test_a_checkpoint_of_other_rows_is_refused(tmp_path: Path) -> None:
+    """Also where only rows outside the sample are others."""
+    x = simulated("ppca", 600)
+
+    def run(x: Tensor, steps: int) -> Fit:
+        from elbozoo.inference.records import Records
+
+        rows = in_blocks(x, 97)
+        records = Records.parse(tmp_path)
+        options = {"latent_dim": 1, "steps": steps}
+        ready = plan("ppca", x[:50], "amortized", options, rows.names, records, rows=rows)
+        return ready.run(0, progress=False)
+
+    run(x, 5)
+    with pytest.raises(InvalidInput, match="found a checkpoint of data of shape"):
+        run(torch.cat([x[:50], 2 * x[50:]]), 8)
+    assert len(run(x, 8).trajectory) == 8
+
+
 def test_part_is_where_it_says() -> None:
     """Its first row is at its start."""
     assert Part(torch.zeros(2, 1), 3).start == 3
