@@ -256,7 +256,7 @@ def plan(
     if companions.heldout is not None and not is_all_local:
         raise InvalidInput(
             f"{companions.part}: found it with data that are not in memory and a latent of the whole data set, "
-            "expected one of the two: new rows depend on all others through it; leave it out, or load the data into memory"
+            "expected one of the two: new rows depend on all others through it; leave it out, or the stream"
         )
     result = Plan(canonical, method, entry, arranged, dict(options), build, x, records, companions, rows)
     for schema in SCHEMAS:

@@ -19,9 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import elbozoo as ez
 from elbozoo.inference import cluster as module
-from elbozoo.inference.cluster import ClusterRows, collection_rows, connected, dask_rows, is_collection
+from elbozoo.inference.cluster import ClusterRows, DaskBlock, collection_rows, connected, dask_rows, is_collection
 from elbozoo.inference.em import EMOptions, EMRun, run_em
+from elbozoo.inference.minibatches import StreamedMinibatches
 from elbozoo.inference.rows import Part, Rows
 from elbozoo.models import get_entry
 from elbozoo.models.contract.errors import InvalidInput, NumericalFailure
@@ -237,8 +239,55 @@ def test_collection_is_kept_where_there_is_room(
         assert min(homes.count(address) for address in client.nthreads()) >= 10
 
 
+def relative(one: float, two: float) -> float:
+    return abs(one - two) / abs(two)
+
+
 def summed_up(part: Part) -> float:
     return float(part.x.sum())
+
+
+def test_minibatches_take_what_the_workers_keep(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs ask for no block to be computed anew, which those of plain rows are."""
+    x = table()
+    rows = collection_rows(da.from_array(x.numpy(), chunks=(50, COLUMNS)), None, client)
+    computed = 0
+    parts = DaskBlock.parts
+
+    def counting(self: DaskBlock, chunk: int) -> Iterator[Tensor]:
+        nonlocal computed
+        computed += 1
+        yield from parts(self, chunk)
+
+    monkeypatch.setattr(DaskBlock, "parts", counting)
+    minibatches = StreamedMinibatches(rows, x[:1], ROWS // 2, torch.Generator().manual_seed(0))
+    index = torch.cat([next(minibatches).index for _ in range(4)])
+    assert computed == 0 and len(index.unique()) == ROWS // 2 * 2
+    with client.as_current():
+        next(StreamedMinibatches(Rows(rows.blocks, rows.names), x[:1], ROWS // 2))
+    assert computed > 0
+
+
+def test_fits_and_comparisons_take_a_collection(client: Any) -> None:
+    """As they take its numbers: the same log p(x) to 1e-9; afterwards their figures need no cluster."""
+    x = table()
+    collection = da.from_array(x.numpy(), chunks=(50, COLUMNS))
+    given: dict[str, Any] = {"components": 2, "restarts": 1, "iterations": 5, "progress": False}
+    memory = ez.fit("gaussian-mixture", x, method="em", **given).log_evidence().value
+    fit = ez.fit("gaussian-mixture", collection, method="em", scheduler=client, **given)
+    assert isinstance(fit.rows, ClusterRows) and relative(fit.log_evidence().value, memory) < REORDERED
+    found = ez.compare("gaussian-mixture", collection, seeds=1, steps=5, scheduler=client.scheduler.address, **given)
+    assert found.table["method"].tolist() == ["em", "amortized"] and found.data["rows"] == ROWS
+    assert relative(float(found.table["log_evidence"][0]), memory) < REORDERED
+    assert relative(found.fits[0].log_evidence().value, memory) < REORDERED  # of a client that has gone
+    other = ez.fit("gaussian-mixture", x[: ROWS // 2], method="em", **given)
+    assert relative(other.log_evidence().value, memory) > 1e-3
+
+
+def test_a_scheduler_for_rows_in_memory_is_refused(client: Any) -> None:
+    """One fit of them has nothing to spread."""
+    with pytest.raises(InvalidInput, match=r"scheduler: found it with tensor in memory, .*use compare"):
+        ez.fit("gaussian-mixture", table(), method="em", scheduler=client)
 
 
 def test_numbers_in_a_collection_are_sent_once(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
