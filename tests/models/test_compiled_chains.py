@@ -280,6 +280,7 @@ def from_both_ends(case: Chain, monkeypatch: pytest.MonkeyPatch) -> tuple[list[T
     taken = compiled.at_the_same_time
     with monkeypatch.context() as patch, threads(2):
         patch.setattr(markov_chains, "WORK_FROM_BOTH_ENDS", 0)
+        patch.setattr(markov_chains, "STATES_FROM_BOTH_ENDS", 1)
         patch.setattr(compiled, "at_the_same_time", lambda *both: calls.append(len(both)) or taken(*both))
         found = list(markov_chains.expect(*case))
     return found, len(calls)
