@@ -34,8 +34,8 @@ from elbozoo.models.numerics import compiled
 
 # Powers of it down to the third stay far from where numbers underflow, 1e-308.
 RARE = 1e-80
-# Multiplications, and states, from which on two threads that share one sequence save more than it costs to start them and
-# to join what they find: 1.3 times as fast with 20 states and 1.5 with 40 on 100,000 steps, and slower with 10.
+# Multiplications, and states, from which on two threads that share one sequence save more than it costs to start them
+# and to join what they find: 1.3 times as fast with 20 states and 1.5 with 40 on 100,000 steps, and slower with 10.
 WORK_FROM_BOTH_ENDS = 4_000_000
 STATES_FROM_BOTH_ENDS = 16
 
