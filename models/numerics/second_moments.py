@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -126,20 +127,33 @@ def _by_cholesky(x: Tensor, origin: Tensor, size: int) -> Tensor | None:
 
 def _sums_of_products(x: Tensor, origin: Tensor, size: int) -> Tensor:
     """Return X̃ᵀX̃; the column of ones is summed by itself, which costs less than a column more in the products."""
-    sums, products = torch.zeros_like(origin), x.new_zeros(x.shape[1], x.shape[1])
-    for rows in _shifted(x, origin, size):
-        sums += rows.sum(0)
-        products += _own_products(rows)
+    sums, products = (_of_arrays if x.device.type == "cpu" else _of_tensors)(x, origin, size)
     above = torch.cat([sums.new_full((1,), len(x)), sums])
     return torch.cat([above[None], torch.cat([sums[:, None], products], -1)])
 
 
-def _own_products(rows: Tensor) -> Tensor:
-    """Return AᵀA; NumPy has it done by the symmetric product of BLAS, at half the work, and torch does not."""
-    if rows.device.type != "cpu":
-        return rows.mT @ rows
-    values = rows.numpy()
-    return torch.from_numpy(values.T @ values)
+def _of_tensors(x: Tensor, origin: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    sums, products = torch.zeros_like(origin), x.new_zeros(x.shape[1], x.shape[1])
+    for rows in _shifted(x, origin, size):
+        sums += rows.sum(0)
+        products += rows.mT @ rows
+    return sums, products
+
+
+def _of_arrays(x: Tensor, origin: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the sums of the rows x - origin, and of their products; NumPy has AᵀA done by BLAS at half the work.
+
+    All of the loop is NumPy's: its threads and torch's wait busily for one another where both have work in turn.
+    """
+    values, shift = x.numpy(), origin.numpy()
+    held = np.empty((min(size, len(values)), values.shape[1]), dtype=values.dtype)
+    sums, products = np.zeros_like(shift), np.zeros((values.shape[1], values.shape[1]), dtype=values.dtype)
+    for first in range(0, len(values), size):
+        part = values[first : first + size]
+        rows = np.subtract(part, shift, out=held[: len(part)])
+        sums += rows.sum(0)
+        products += rows.T @ rows
+    return torch.from_numpy(sums), torch.from_numpy(products)
 
 
 def _by_qr(x: Tensor, origin: Tensor, size: int) -> Tensor:
