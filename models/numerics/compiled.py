@@ -22,8 +22,8 @@ from torch import Tensor
 Array = NDArray[Any]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-# To start and to end a thread costs about as much as this many multiplications.
-WORK_OF_A_THREAD = 1_000_000
+# Below this many multiplications a thread costs more than it saves, also by what torch's own threads then wait for.
+WORK_OF_A_THREAD = 16_000_000
 TASKS_OF_A_THREAD = 4  # so that sequences of different lengths share out evenly
 
 
