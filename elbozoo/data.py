@@ -56,7 +56,6 @@ ANY_SOURCE = (
     "a data set's name, simulate:MODEL, a file's path, a DataFrame, an array, a tensor, a Dask collection or a Dataset"
 )
 ANY_STORED = "the path of a NPY file, a Parquet file or a folder of Parquet files"
-IN_MEMORY = "read the rows into memory with stream=False or --no-stream"
 CHANNELS = (1, 3, 4)  # of grey, colour, and colour with opacity
 
 

@@ -72,11 +72,6 @@ class Prepared(NamedTuple):
     arguments: dict[str, Any]
     stream: Rows | None = None
 
-    @property
-    def total(self) -> int:
-        """Number of rows to fit to."""
-        return self.rows.rows if self.stream is None else len(self.stream)
-
 
 def prepare(
     cls: type[Entry] | None,

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from elbozoo.inference.memory import Memory
+from elbozoo.inference.memory import Memory, Remembers
 from elbozoo.inference.rows import Part, Rows
 from elbozoo.models.contract.batch import Batch
 
@@ -18,21 +18,13 @@ WINDOW = 2**22  # numbers that are shuffled together
 EPOCH_SEEDS = 2**62
 
 
-class Order(Protocol):
-    """Minibatches of so many rows without end, which remember where they stand."""
+class Order(Remembers, Protocol):
+    """Minibatches of so many rows without end, which remember where in an epoch they stand."""
 
     size: int
 
     def __next__(self) -> Batch:
         """Return the next minibatch."""
-        ...
-
-    def memory(self) -> Memory:
-        """Return where the present epoch stands."""
-        ...
-
-    def recall(self, memory: Memory) -> None:
-        """Go on in the middle of an epoch."""
         ...
 
 

@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 OWN_MODELS = "elbozoo.models."
 CONSTRAINT = "to satisfy the constraint"  # how torch says what a parameter is not
-ROWS_AT_ONCE = 2**16
 
 
 class Task(NamedTuple):
