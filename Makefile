@@ -1,8 +1,10 @@
-# Only Python >= 3.11 and make are assumed. Everything is installed into .venv, once, with the tested versions.
+# Only Python >= 3.11 and make are assumed. Everything is installed into .venv, once, with the tested versions;
+# `make test-site` needs a Chromium besides, found by its name or by CHROMIUM=/path/to/it.
 #
 #   make demo                 install and run the main job        make lint     ruff: rules and format
 #   make test                 the fast test suite                 make types    mypy
-#   make test-all             every test                          make docs     the documentation, warnings are errors
+#   make test-all             every test but those of the site    make docs     the documentation, warnings are errors
+#   make test-site            builds the documentation and looks at it: in Chromium, and at every link
 #   make bench                ours beside other libraries         make wheel    dist/: source archive and wheel
 #   make clean                remove .venv and whatever was generated
 #
@@ -21,16 +23,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-all lint types docs bench wheel clean
+.PHONY: demo test test-all test-site lint types docs bench wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/elbozoo compare vae --data wine-standardised --seeds 3 --set likelihood=normal --set hidden=16 --out runs/demo
 
 test: $(VENV)/installed-test
-	$(PYTEST) -m "not slow and not peers" $(TESTS)
+	$(PYTEST) -m "not slow and not peers and not site" $(TESTS)
 
 test-all: $(VENV)/installed-test
-	$(PYTEST) $(TESTS)
+	$(PYTEST) -m "not site" $(TESTS)
+
+test-site: docs $(VENV)/installed-site
+	$(PYTEST) -m site tests/site
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
         load_comparison,
         load_data,
         load_fit,
+        load_program,
         rate_distortion,
         tutorial,
     )
     from elbozoo.comparison import Comparison  # noqa: F401
     from elbozoo.inference.fit import Fit  # noqa: F401
     from elbozoo.models.contract.errors import InvalidInput, NumericalFailure  # noqa: F401
+    from elbozoo.plates import render_model  # noqa: F401
     from elbozoo.rate_curve import RateDistortion  # noqa: F401
     from elbozoo.stored import StoredData  # noqa: F401
     from elbozoo.tables import Dataset  # noqa: F401
@@ -43,6 +45,7 @@ _HOMES = {
             "load_comparison",
             "load_data",
             "load_fit",
+            "load_program",
             "rate_distortion",
             "tutorial",
         ),
@@ -55,6 +58,7 @@ _HOMES = {
     "NumericalFailure": "elbozoo.models.contract.errors",
     "RateDistortion": "elbozoo.rate_curve",
     "StoredData": "elbozoo.stored",
+    "render_model": "elbozoo.plates",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -39,6 +39,7 @@ from elbozoo.models.contract.errors import InvalidInput, unknown_name
 from elbozoo.models.contract.options import Options, is_position
 from elbozoo.models.contract.registry import entry_names, get_entry, list_models
 from elbozoo.preparation import Prepared, Request, prepare, prepare_stream
+from elbozoo.programs import load_program
 from elbozoo.rate_curve import RateDistortion, curve_from_results
 from elbozoo.stored import StoredData
 from elbozoo.tutorials import write_tutorial
@@ -54,6 +55,7 @@ __all__ = [
     "load_comparison",
     "load_data",
     "load_fit",
+    "load_program",
     "rate_distortion",
     "tutorial",
 ]
@@ -62,18 +64,43 @@ Model = str | type[Entry] | Callable[..., Any]
 
 
 def list_guides(model: str) -> pd.DataFrame:
-    """Return a table of all guides: family, source, whether each fits ``model``, and why not.
+    """Return a table of all guides: family, source, whether each fits a model, and why not.
+
+    Parameters
+    ----------
+    model : str
+        Name of an entry.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by ``guide``, with ``family``, ``source``, ``fits`` and ``reason``; those that fit come first.
 
     Raises
     ------
     InvalidInput
         For an unknown model.
+
+    Examples
+    --------
+    >>> import elbozoo as ez
+    >>> guides = ez.list_guides("eight-schools")
+    >>> guides.index[guides["fits"]].tolist()[:3]
+    ['delta', 'diagonal-normal', 'full-rank-normal']
+    >>> guides.loc["free-diagonal-normal", "reason"]
+    "the latent 'mu' is one for the whole data set, so there is no q per datum to be free"
     """
     return guides.list_guides(get_entry(model).example())
 
 
 def guide_overview() -> pd.DataFrame:
-    """Return a table of all guides: family and source, and the models that each fits."""
+    """Return a table of all guides: family and source, and the models that each fits.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by ``guide``, with ``family``, ``source`` and ``models``.
+    """
     fitting: dict[str, list[str]] = {}
     cards = {}
     for model in entry_names():
@@ -90,10 +117,26 @@ def guide_overview() -> pd.DataFrame:
 def describe(model: str) -> dict[str, Any]:
     """Return a model's page, capabilities, methods, guides and options as plain values.
 
+    Parameters
+    ----------
+    model : str
+        Name of an entry.
+
+    Returns
+    -------
+    dict
+        ``model``, ``summary``, ``page``, ``capabilities``, ``methods``, ``default_methods``, ``guides``, ``options``.
+
     Raises
     ------
     InvalidInput
         For an unknown model.
+
+    Examples
+    --------
+    >>> import elbozoo as ez
+    >>> ez.describe("ppca")["default_methods"]
+    ['em', 'mean-field', 'amortized']
     """
     cls = get_entry(model)
     example = cls.example()
@@ -178,12 +221,26 @@ def fit(
     **options
         Options of the model, the guide and the method, such as ``latent_dim=5`` or ``steps=2000``.
 
+    Returns
+    -------
+    Fit
+        In float64, with its model, its guide and its trajectory.
+
     Raises
     ------
     InvalidInput
         For anything unknown, out of range, or that does not fit together.
     NumericalFailure
         If the fit breaks down.
+
+    Examples
+    --------
+    >>> import elbozoo as ez
+    >>> fit = ez.fit("ppca", "iris", guide="amortized", latent_dim=2, steps=200, seed=0, progress=False)
+    >>> fit.guide.name, len(fit.trajectory)
+    ('amortized-diagonal-normal', 200)
+    >>> fit.elbo() < fit.log_evidence().value
+    True
     """
     chosen = one_method(guide, method)
     records = Records.parse(checkpoint, checkpoint_every, tensorboard)
@@ -205,6 +262,18 @@ def fit(
 
 def one_method(guide: str | None, method: str | None) -> str | None:
     """Return the method that ``guide`` or ``method`` names, None if neither does.
+
+    Parameters
+    ----------
+    guide : str, optional
+        Name of a guide.
+    method : str, optional
+        Name of a method.
+
+    Returns
+    -------
+    str or None
+        The one that is given.
 
     Raises
     ------
@@ -243,24 +312,47 @@ def compare(
 
     Parameters
     ----------
-    model, data, columns, checkpoint, checkpoint_every, tensorboard, progress, **options
-        See :func:`fit`; an option goes to every method that reads it.
-    binarise, validation, test, data_seed
-        See :func:`fit`. With rows held out, the table has columns about them: those of ``test``, or of ``validation``
-        where there is no test. They say NaN where a guide has no q for new rows, and where a latent is global and
-        log p(x' given x) is not exact.
+    model : str, type or callable
+        See :func:`fit`.
+    data : str, path, DataFrame, array or tensor
+        See :func:`fit`.
     methods : iterable of str, optional
         Methods; by default those of em, mean-field and amortized that apply, and for a global latent
         mean-field, full-rank and laplace. ``"all"`` fits the five ways to a q of each datum to one model.
     seeds : int or iterable of int
         Number of seeds, or the seeds themselves.
+    columns : list of str, optional
+        See :func:`fit`.
+    binarise : str, optional
+        See :func:`fit`.
+    validation, test : float or data, optional
+        See :func:`fit`. With rows held out, the table has columns about them: those of ``test``, or of ``validation``
+        where there is no test. They say NaN where a guide has no q for new rows, and where a latent is global and
+        log p(x' given x) is not exact.
+    data_seed : int
+        See :func:`fit`.
     out : path, optional
         Directory for tables, fits, plots and report; it is checked before the work starts. Each fit is left there as
         soon as it and its ledger are finished, and the same call takes it up instead of repeating it: after whatever
         ended the one before, and with more methods or seeds. A fit of other options or data is run again and replaced.
+    checkpoint : path, optional
+        See :func:`fit`.
+    checkpoint_every : int
+        See :func:`fit`.
+    tensorboard : path, optional
+        See :func:`fit`.
     scheduler : str or distributed.Client, optional
         ``"local"``, the address of a Dask scheduler such as ``"tcp://HOST:8786"``, or a client: spreads methods and
         seeds over its workers, each as a task; needs ``pip install "elbozoo[scale]"``.
+    progress : bool
+        See :func:`fit`.
+    **options
+        See :func:`fit`; an option goes to every method that reads it.
+
+    Returns
+    -------
+    Comparison
+        Its ``table`` has a row for each fit, and ``summary`` one for each method.
 
     Raises
     ------
@@ -269,6 +361,17 @@ def compare(
     NumericalFailure
         If every fit breaks down, or has a bound that exceeds the truth. Where some do not, the others are named in
         ``failures`` and have no row.
+
+    Examples
+    --------
+    The closed form is the global maximum of PPCA's likelihood, and EM comes to it:
+
+    >>> import elbozoo as ez
+    >>> comparison = ez.compare("ppca", "iris", methods=["em", "closed-form"], seeds=2, latent_dim=2, progress=False)
+    >>> comparison.summary["learning_gap"]["mean"].round(2).abs().to_dict()
+    {'closed-form': 0.0, 'em': 0.0}
+    >>> len(comparison.fits)
+    4
     """
     records = Records.parse(checkpoint, checkpoint_every, tensorboard)
     request = Request(binarise, validation, test, data_seed)
@@ -299,7 +402,7 @@ def compare(
             progress=progress,
         )
     computed.fits[:] = [_off_cluster(fitted, scheduler) for fitted in computed.fits]
-    results = from_results(computed, rows.labels)
+    results = from_results(computed, rows.labels, rows.image_shape)
     if out is not None:
         results.save(out)
     return results
@@ -320,14 +423,27 @@ def rate_distortion(
 
     Parameters
     ----------
-    model, data, columns, progress, **options
-        See :func:`fit`; ``objective`` and ``kl_weight`` are given by ``weights``.
+    model : str, type or callable
+        See :func:`fit`.
+    data : str, path, DataFrame, array or tensor
+        See :func:`fit`.
     weights : float or iterable of float
         Values of β, above 0.
     seeds : int or iterable of int
         Number of seeds, or the seeds themselves.
     guide : str
         A guide whose q has a density, for latents that belong to the rows.
+    columns : list of str, optional
+        See :func:`fit`.
+    progress : bool
+        See :func:`fit`.
+    **options
+        See :func:`fit`; ``objective`` and ``kl_weight`` are given by ``weights``.
+
+    Returns
+    -------
+    RateDistortion
+        With a row of its ``table`` for each β and seed.
 
     Raises
     ------
@@ -335,6 +451,16 @@ def rate_distortion(
         For anything unknown, out of range, or that does not fit together.
     NumericalFailure
         If a fit breaks down, or an ELBO exceeds the evidence.
+
+    Examples
+    --------
+    Rate and distortion add up to the negative ELBO, at every β:
+
+    >>> import elbozoo as ez
+    >>> curve = ez.rate_distortion("ppca", "iris", weights=(0.5, 2.0), latent_dim=1, steps=100, progress=False)
+    >>> table = curve.table
+    >>> table["weight"].tolist(), (table["rate"] + table["distortion"] + table["elbo"]).round(6).abs().tolist()
+    ([0.5, 2.0], [0.0, 0.0])
     """
     loaded, options = _load(model, data, columns, options)
     rows = _in_memory(loaded)
@@ -345,24 +471,120 @@ def rate_distortion(
 
 
 def load_fit(directory: str | Path) -> Fit:
-    """Read a fit that ``Fit.save`` wrote; it carries no data."""
-    return Fit.load(directory)
+    """Read a fit that ``Fit.save`` wrote.
 
+    Parameters
+    ----------
+    directory : str or path
+        Folder that :meth:`Fit.save` wrote.
 
-def load_comparison(directory: str | Path) -> Comparison:
-    """Read a comparison that ``Comparison.save`` wrote; its fits carry no data."""
-    return Comparison.load(directory)
-
-
-def tutorial(model: str, path: str | Path, *, guide: str | None = None) -> Path:
-    """Write a page that teaches ``model`` with ``guide`` from a run, as Markdown or a notebook, and return its path.
+    Returns
+    -------
+    Fit
+        Without data; pass rows to its methods.
 
     Raises
     ------
     InvalidInput
-        For an unknown model or guide, or a path that ends in neither ``.md`` nor ``.ipynb``.
+        If there is no fit in it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import elbozoo as ez
+    >>> fit = ez.fit("ppca", "iris", method="closed-form", latent_dim=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     loaded = ez.load_fit(fit.save(folder))
+    >>> loaded.elbo(ez.load_data("iris")) == fit.elbo()
+    True
     """
-    return write_tutorial(model, path, guide=guide)
+    return Fit.load(directory)
+
+
+def load_comparison(directory: str | Path) -> Comparison:
+    """Read a comparison that ``Comparison.save`` wrote.
+
+    Parameters
+    ----------
+    directory : str or path
+        Folder that :meth:`Comparison.save` wrote, such as that of ``compare(..., out=folder)``.
+
+    Returns
+    -------
+    Comparison
+        Its fits carry no data.
+
+    Raises
+    ------
+    InvalidInput
+        If there is no comparison in it.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import elbozoo as ez
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = ez.compare("normal-mean", "iris", methods=["closed-form"], seeds=1, out=folder, progress=False)
+    ...     loaded = ez.load_comparison(folder)
+    >>> loaded.document() == made.document()
+    True
+    """
+    return Comparison.load(directory)
+
+
+def tutorial(
+    model: Any,
+    path: str | Path,
+    *,
+    guide: str | None = None,
+    data: Any = None,
+    progress: bool = True,
+    **options: Any,
+) -> Path:
+    """Write a page that teaches ``model`` with ``guide`` from a run.
+
+    A page as Markdown for MyST-NB or as a Jupyter notebook can be run again as it is; one as HTML is a single file
+    to be read, without a network.
+
+    Parameters
+    ----------
+    model : str or callable
+        Name of an entry, a program of your own as ``path/to/file.py:function``, or such a function itself, if it stands
+        at the top of a file.
+    path : str or path
+        Page to write, ending in ``.md``, ``.ipynb`` or ``.html``; an older one stays until the run has ended.
+    guide : str, optional
+        Guide that the page is about; by default the one that :func:`fit` takes.
+    data : str, path, DataFrame, array or tensor, optional
+        Whatever :func:`load_data` takes; by default rows that the model draws. What is in memory alone is written to
+        ``PAGE_data.csv`` beside the page, whose code reads it from there.
+    progress : bool
+        Show a bar on standard error where that is a terminal.
+    **options
+        Options of the model, the guide and the methods, such as ``latent_dim=3``; the page's code shows them.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    InvalidInput
+        For anything unknown, out of range, or that does not fit together, and for a page that cannot be written.
+    NumericalFailure
+        If a fit of the page breaks down.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import elbozoo as ez
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     page = ez.tutorial("normal-mean", f"{folder}/page.md", steps=50, progress=False)
+    ...     next(line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+    '# Unknown mean of a normal distribution whose scale is known'
+    """
+    return write_tutorial(model, path, guide=guide, data=data, progress=progress, **options)
 
 
 @contextmanager

@@ -28,6 +28,16 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of an entry, as in 'elbozoo models'.")]
+AnyModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Name of an entry, as in 'elbozoo models', or a program of yours, path/to/file.py:function.",
+    ),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="The same as the argument MODEL, of which one is needed.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on standard output.")]
 Data = Annotated[
     str,
@@ -228,8 +238,9 @@ def show_command(model: Model, as_json: Json = False) -> None:
 
 @app.command("fit")
 def fit_command(
-    model: Model,
     data: Data,
+    model: AnyModel = None,
+    named: ModelOption = None,
     guide: Annotated[
         str | None,
         typer.Option(
@@ -266,11 +277,12 @@ def fit_command(
     from elbozoo.inference.storage import writable_directory
     from elbozoo.words import NOT_A_BOUND
 
+    model = _model(model, named)
     chosen = one_method(guide, method)
     if out is not None:
         writable_directory(out)
     result = compare(
-        model,
+        _program_or_name(model),
         _source(data, root, split, key, stream),
         methods=[chosen],
         seeds=[seed],
@@ -309,8 +321,9 @@ def fit_command(
 
 @app.command("compare")
 def compare_command(
-    model: Model,
     data: Data,
+    model: AnyModel = None,
+    named: ModelOption = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -340,8 +353,9 @@ def compare_command(
     """Fit one model by several methods and hold every bound against the exact log p(x)."""
     from elbozoo.api import compare
 
+    model = _model(model, named)
     result = compare(
-        model,
+        _program_or_name(model),
         _source(data, root, split, key, stream),
         methods=_names(methods),
         seeds=seeds,
@@ -363,7 +377,7 @@ def compare_command(
     else:
         _print_summary(result)
         if out is not None:
-            written = "comparison.csv, comparison.json, trajectories.csv, fits, plots, report.html"
+            written = "comparison.csv, comparison.json, trajectories.csv, fits, plots, report.html, report.md"
             typer.echo(f"written to {out}: {written}", err=True)
     for failure in result.failures:
         typer.echo(f"elbozoo: {failure}", err=True)
@@ -373,16 +387,55 @@ def compare_command(
 
 @app.command("tutorial")
 def tutorial_command(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="PAGE", help="Page to write, ending in .md or .ipynb.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="PAGE", help="Page to write, ending in .md, .ipynb or .html.")
+    ],
+    model: AnyModel = None,
+    named: ModelOption = None,
     guide: Annotated[
         str | None, typer.Option("--guide", "-g", metavar="G", help="Guide that the page is about.")
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", "-d", metavar="D", help="Data as in 'elbozoo fit'; by default rows that the model draws."
+        ),
+    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Write a page that teaches a model and a guide, with text, plots and numbers from a run."""
     from elbozoo.api import tutorial
 
-    typer.echo(f"written to {tutorial(model, out, guide=guide)}", err=True)
+    page = tutorial(_model(model, named), out, guide=guide, data=data, **_settings(settings))
+    typer.echo(f"written to {page}", err=True)
+
+
+def _model(argument: str | None, option: str | None) -> str:
+    """Return the model that the argument or the option names.
+
+    Raises
+    ------
+    BadParameter
+        For neither.
+    InvalidInput
+        For two of them.
+    """
+    from elbozoo.models.contract.errors import InvalidInput
+
+    if argument is None and option is None:
+        raise typer.BadParameter("it is missing; name one of 'elbozoo models'", param_hint="'MODEL'")
+    if argument is not None and option is not None and argument != option:
+        raise InvalidInput(
+            f"found the models {argument!r} and --model {option!r}, expected one of the two; leave one out"
+        )
+    return str(argument if option is None else option)
+
+
+def _program_or_name(model: str) -> Any:
+    """Return the program of the user's that ``model`` spells, and else the name of an entry as it is."""
+    from elbozoo.programs import is_place, load_program
+
+    return load_program(model) if is_place(model) else model
 
 
 def _settings(settings: list[str] | None) -> dict[str, Any]:

@@ -127,6 +127,15 @@ def load_data(
     ------
     InvalidInput
         With one line that says what was found, what was expected and what to do.
+
+    Examples
+    --------
+    >>> import elbozoo as ez
+    >>> data = ez.load_data("iris", columns=["petal length (cm)", "petal width (cm)"])
+    >>> data.rows, data.width, sorted(set(data.labels.tolist()))
+    (150, 2, [0, 1, 2])
+    >>> ez.load_data("simulate:ppca", rows=20, seed=1).columns
+    ['x0', 'x1', 'x2', 'x3', 'x4']
     """
     _refuse_misplaced(source, rows=rows, root=root, split=split, key=key)
     asked = {

@@ -64,6 +64,12 @@ def list_datasets() -> pd.DataFrame:
         Indexed by ``name``, with ``rows``, ``columns``, ``kind`` (continuous, count, binary, or estimates with their
         standard errors; a series has its rows in the order of time), ``description`` (with units) and ``source``
         (with citation).
+
+    Examples
+    --------
+    >>> import elbozoo as ez
+    >>> ez.list_datasets()["kind"].head(3).to_dict()
+    {'digits': 'count', 'digits-binary': 'binary', 'iris': 'continuous'}
     """
     shown = ["rows", "columns", "kind", "description", "source"]
     table = {name: [getattr(facts, key) for key in shown] for name, facts in NAMED.items()}

@@ -1,13 +1,11 @@
-"""What an entry says about itself, as Markdown: the parts of its page, and tables of its parameters and options."""
+"""What an entry says about itself, as Markdown: the parts of its page, and a table of its options."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.options import Options
 
 
@@ -27,14 +25,6 @@ def page_parts(page: str) -> PageParts:
     story, *failures = re.split(r"^What goes wrong:\s*", body, maxsplit=1, flags=re.MULTILINE)
     sentence = re.sub(r"^\**[a-z]", lambda start: start[0].upper(), "".join(failures))
     return PageParts(*[text.strip() for text in (title.rstrip("."), story, sentence, "".join(references))])
-
-
-def attributes_table(cls: type[Entry]) -> str:
-    """Return the parameters that the docstring of ``cls`` describes as a Markdown table; empty if there are none."""
-    _, _, section = (inspect.getdoc(cls) or "").partition("Attributes\n----------\n")
-    found = re.findall(r"^(\S.*?) : (.*)\n((?:[ ]{4}.*(?:\n|$))+)", section, flags=re.MULTILINE)
-    rows = [(f"`{name}`", kind, " ".join(meaning.split())) for name, kind, meaning in found]
-    return markdown_table(["name in the code", "kind and shape", "meaning"], rows)
 
 
 def options_table(options: type[Options]) -> str:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -31,19 +31,40 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from torch import Tensor
 
 from elbozoo.inference.comparison import Comparison
-from elbozoo.inference.fit import Fit
 from elbozoo.inference.rate_distortion import RateDistortion
+from elbozoo.series import (
+    AMORTIZATION,
+    APPROXIMATION,
+    CLASS_PALETTE,
+    ELBO,
+    LEARNING,
+    MARKERS,
+    NONE,
+    PALETTE,
+    UNSPLIT,
+    Curve,
+    Floats,
+    LedgerBar,
+    best_known,
+    curves_of,
+    first_finite,
+    first_fits,
+    is_continuous,
+    latent_means,
+    ledger,
+    number,
+    short,
+    span_of_bars,
+    span_of_x,
+    span_of_y,
+    thinned,
+)
 from elbozoo.words import NOT_A_BOUND
 
-Floats = npt.NDArray[np.float64]
-
 DPI = 150
-# Okabe and Ito's palette, told apart with any colour vision; without its yellow, which vanishes on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#4D4D4D", "#CC79A7", "#E69F00")
-CLASS_PALETTE = (*PALETTE, "#882255", "#999933", "#332288")  # the last three are Tol's
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p", "h")
 INK, FAINT = "#222222", "#6B6B6B"
 GAP, BEYOND = "#E69F00", "#EFEFEF"
+LEGEND_INCHES_PER_ENTRY, LEGEND_INCHES_PER_LETTER = 0.6, 0.078
 STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
@@ -67,13 +88,6 @@ STYLE = {
     "text.parse_math": False,  # names of files may hold dollar signs
 }
 
-ELBO, AMORTIZATION, APPROXIMATION, UNSPLIT, LEARNING = (
-    "ELBO",
-    "amortization gap",
-    "approximation gap",
-    "gap, not split",
-    "learning gap",
-)
 SEGMENTS: dict[str, dict[str, Any]] = {
     ELBO: {"facecolor": "#D5D9DD"},
     AMORTIZATION: {"facecolor": "#E69F00"},
@@ -82,13 +96,6 @@ SEGMENTS: dict[str, dict[str, Any]] = {
     LEARNING: {"facecolor": "white", "edgecolor": FAINT, "hatch": "////", "linewidth": 0.6},
 }
 
-NONE = "–"
-SMOOTHING = 0.05  # share of the steps so far that the average takes in on each side
-LEGEND_INCHES_PER_ENTRY, LEGEND_INCHES_PER_LETTER = 0.6, 0.078
-EARLY = 3  # the first third of the steps may lie outside the picture
-LOG_RATIO = 4.0
-DRAWN_POINTS = 600
-MOST_CLASSES = 20
 VISIBLE = 1e-3  # share of the axis below which a segment cannot be seen
 
 
@@ -97,48 +104,6 @@ class Picture(Figure):
 
     def _repr_png_(self) -> bytes:
         return png(self)
-
-
-class LedgerBar(NamedTuple):
-    """The ledger of one method, mean over its seeds, nats per datum; NaN where a figure does not apply."""
-
-    method: str
-    elbo: float
-    amortization_gap: float
-    approximation_gap: float
-    gap: float
-    log_evidence: float
-    learning_gap: float
-    seeds: list[float]
-    is_local: bool
-
-    @property
-    def is_split(self) -> bool:
-        """Whether family and source are told apart: not where one q stands for the whole data set."""
-        return self.is_local and math.isfinite(self.amortization_gap)
-
-    @property
-    def best_known(self) -> float:
-        """Best known log p(x) on these rows."""
-        return self.log_evidence + self.learning_gap
-
-    def segments(self) -> dict[str, tuple[float, float]]:
-        """Return start and width of each segment from the ELBO up to the best known log p(x).
-
-        What Monte Carlo noise or an unfinished search made negative is drawn with width 0, and its neighbour
-        takes in no more than the gap itself, so that the segments end where the evidence is.
-        """
-        found = {}
-        gap = max(self.gap, 0.0)
-        if self.is_split:
-            approximation = min(max(self.approximation_gap, 0.0), gap)
-            found[AMORTIZATION] = (self.log_evidence - gap, gap - approximation)
-            found[APPROXIMATION] = (self.log_evidence - approximation, approximation)
-        elif math.isfinite(self.gap):
-            found[UNSPLIT] = (self.log_evidence - gap, gap)
-        if math.isfinite(self.learning_gap):
-            found[LEARNING] = (self.log_evidence, max(self.learning_gap, 0.0))
-        return found
 
 
 def overview(comparison: Comparison) -> Figure:
@@ -216,7 +181,7 @@ def latent_space(comparison: Comparison, labels: Tensor | None = None) -> Figure
     """
     if labels is None:
         labels = getattr(comparison, "labels", None)
-    panels = [(fit, means) for fit in _first_fits(comparison) if (means := _means(fit)) is not None]
+    panels = [(fit, means) for fit in first_fits(comparison) if (means := latent_means(fit)) is not None]
     if not panels:
         return None
     classes = None if labels is None else np.asarray(labels)
@@ -228,7 +193,7 @@ def latent_space(comparison: Comparison, labels: Tensor | None = None) -> Figure
         axes = figure.subplots(rows, columns, squeeze=False)
         for ax, (fit, means) in zip(axes.flat, panels, strict=False):
             _scatter(ax, means, classes)
-            ax.set_title(f"{_short(fit.method)}, seed {fit.seed}")
+            ax.set_title(f"{short(fit.method)}, seed {fit.seed}")
         for ax in axes.flat[len(panels) :]:
             ax.set_axis_off()
         if classes is not None:
@@ -273,90 +238,23 @@ def png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def ledger(comparison: Comparison) -> list[LedgerBar]:
-    """Return the ledger of every method, mean over its seeds, nats per datum, best evidence first."""
-    rows = comparison.data["rows"]
-    names = ("elbo", "amortization_gap", "approximation_gap", "gap", "log_evidence", "learning_gap")
-    bars = []
-    for method, means in comparison.summary.iterrows():
-        of_method = comparison.table[comparison.table["method"] == method]
-        means_per_datum = {name: float(means[name, "mean"]) / rows for name in names}
-        is_local = next(fit.guide.is_local for fit in comparison.fits if fit.method == method)
-        bars.append(LedgerBar(str(method), **means_per_datum, seeds=list(of_method["elbo"] / rows), is_local=is_local))
-    return bars
-
-
-def number(value: float, decimals: int) -> str:
-    """Return ``value`` with a proper minus sign and without a negative zero; an en dash for NaN."""
-    if not math.isfinite(value):
-        return NONE
-    text = f"{value:.{decimals}f}"
-    is_zero = not text.strip("-0.")
-    return text.lstrip("-") if is_zero else text.replace("-", "−")
-
-
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
-class _Curve(NamedTuple):
-    """What is drawn of one fit, nats per datum; arrays are empty where there is nothing to draw."""
-
-    method: str
-    steps: Floats
-    seconds: Floats
-    elbo: Floats
-    evidence: Floats
-    final_elbo: float
-    final_evidence: float
-
-    def x(self, against: str) -> Floats:
-        return self.steps if against == "steps" else self.seconds
-
-
-def _curves(comparison: Comparison) -> list[_Curve]:
-    rows = comparison.data["rows"]
-    records = comparison.table.to_dict("records")
-    return [_curve(fit, record, rows) for fit, record in zip(comparison.fits, records, strict=True)]
-
-
-def _curve(fit: Fit, record: dict[Any, Any], rows: int) -> _Curve:
-    trajectory = fit.trajectory
-    return _Curve(
-        fit.method,
-        # The first step is 1, so that an axis can be logarithmic.
-        steps=trajectory["step"].to_numpy(float) + 1 if len(trajectory) else np.ones(1),
-        seconds=trajectory["seconds"].to_numpy(float).cumsum() if len(trajectory) else np.array([fit.seconds]),
-        elbo=_smooth(trajectory["elbo"].to_numpy(float) / rows),
-        evidence=trajectory["log_evidence"].to_numpy(float) / rows,
-        final_elbo=record["elbo"] / rows,
-        final_evidence=record["log_evidence"] / rows,
-    )
-
-
-def _smooth(values: Floats) -> Floats:
-    """Average over a window that grows with the step, so that the quick beginning is not blurred."""
-    position = np.arange(len(values))
-    reach = (SMOOTHING * position).astype(int)
-    total = np.concatenate([[0.0], values.cumsum()])
-    first, last = position - reach, np.minimum(position + reach + 1, len(values))
-    smooth: Floats = (total[last] - total[first]) / (last - first)
-    return smooth
-
-
 def _draw_curves(ax: Axes, comparison: Comparison, against: str) -> None:
-    drawn = _curves(comparison)
+    drawn = curves_of(comparison)
     looks = _looks(comparison)
     for curve in drawn:
         x, (colour, marker) = curve.x(against), looks[curve.method]
         if len(curve.elbo):
-            shown = _thinned(len(x))
+            shown = thinned(len(x))
             ax.plot(x[shown], curve.elbo[shown], color=colour, lw=1.1, alpha=0.9)
             known = np.isfinite(curve.evidence)
             ax.plot(x[known], curve.evidence[known], color=colour, lw=1.3, ls=(0, (4, 2)))
         ends: dict[str, Any] = {"color": colour, "marker": marker, "ms": 6, "mew": 1.2, "ls": "none", "zorder": 4}
         ax.plot(x[-1], curve.final_evidence, **ends, mfc="white")
         ax.plot(x[-1], curve.final_elbo, **{**ends, "ms": 4.5})
-    best = _best_known(comparison)
+    best = best_known(comparison)
     if math.isfinite(best):
         ax.axhline(best, color=FAINT, lw=1.2, ls=":", zorder=1)
     ax.set_xlabel("step" if against == "steps" else "seconds of fitting, evaluation left out")
@@ -366,50 +264,29 @@ def _draw_curves(ax: Axes, comparison: Comparison, against: str) -> None:
     _scale_x(ax, drawn, against)
 
 
-def _thinned(length: int) -> npt.NDArray[np.int64]:
-    """Return the points to draw: all of a short line, geometrically spaced ones of a long one."""
-    if length <= DRAWN_POINTS:
-        return np.arange(length)
-    geometric = np.geomspace(1, length, DRAWN_POINTS).astype(np.int64) - 1
-    even = np.linspace(0, length - 1, DRAWN_POINTS).astype(np.int64)
-    return np.union1d(geometric, even)
-
-
-def _scale_x(ax: Axes, drawn: list[_Curve], against: str) -> None:
-    """Take a logarithmic axis where runs differ much in length, from where the first one comes into the picture."""
-    ends = np.array([curve.x(against)[-1] for curve in drawn])
-    if ends.max() <= LOG_RATIO * ends.min() or ends.min() <= 0:
+def _scale_x(ax: Axes, drawn: list[Curve], against: str) -> None:
+    span = span_of_x(drawn, against, ax.get_ylim()[0])
+    if span is None:
         return
-    bottom = ax.get_ylim()[0]
-    entries = [
-        curve.x(against)[(curve.elbo >= bottom) | (curve.evidence >= bottom)] for curve in drawn if len(curve.elbo)
-    ]
-    first = min([ends.min(), *(float(x[0]) for x in entries if len(x))])
     ax.set_xscale("log")
-    low, high = 0.8 * max(first, 1e-6), 1.35 * float(ends.max())
-    ax.set_xlim(low, high)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 5.0), numticks=8))
+    ax.set_xlim(span.low, span.high)
+    subs = (1.0,) if span.high > 50 * span.low else (1.0, 2.0, 5.0)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e5 else f"{value:.0e}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _limit_y(ax: Axes, drawn: list[_Curve], best: float) -> None:
-    """Show where the fits end and how they come there; their first wild steps may lie below."""
-    ends = _finite([value for c in drawn for value in (c.final_elbo, c.final_evidence)])
-    if not len(ends):
-        return
-    top = max(ends.max(), best if math.isfinite(best) else -math.inf)
-    lates = _finite([c.elbo[len(c.elbo) // EARLY] for c in drawn if len(c.elbo)])
-    late = float(lates.min()) if len(lates) else top
-    depth = max(1.35 * (top - ends.min()), top - late, 1e-6 * max(1.0, abs(top)))
-    ax.set_ylim(top - depth, top + 0.06 * depth)
+def _limit_y(ax: Axes, drawn: list[Curve], best: float) -> None:
+    span = span_of_y(drawn, best)
+    if span is not None:
+        ax.set_ylim(span.low, span.high)
 
 
 def _curve_handles(comparison: Comparison) -> list[Artist]:
-    drawn = _curves(comparison)
+    drawn = curves_of(comparison)
     without = {curve.method for curve in drawn if not np.isfinite(curve.elbo).any()}
     handles: list[Artist] = [
-        Line2D([], [], color=colour, marker=marker, ms=5, lw=1.8, label=_short(method) + _no_bound(method, without))
+        Line2D([], [], color=colour, marker=marker, ms=5, lw=1.8, label=short(method) + _no_bound(method, without))
         for method, (colour, marker) in _looks(comparison).items()
     ]
     neutral: dict[str, Any] = {"color": FAINT}
@@ -421,7 +298,7 @@ def _curve_handles(comparison: Comparison) -> list[Artist]:
         Line2D([], [], **neutral, marker="o", ms=4.5, ls="none", label="ELBO at the end"),
         Line2D([], [], **neutral, marker="o", ms=6, mfc="white", ls="none", label="log p(x) at the end"),
     ]
-    if math.isfinite(_best_known(comparison)):
+    if math.isfinite(best_known(comparison)):
         handles.append(Line2D([], [], **neutral, lw=1.2, ls=":", label="best known log p(x)"))
     return handles
 
@@ -435,7 +312,7 @@ def _no_bound(method: str, without: set[str]) -> str:
 
 def _draw_bars(ax: Axes, bars: list[LedgerBar]) -> None:
     places = np.arange(len(bars))
-    left, right = _bar_limits(bars)
+    left, right, _ = span_of_bars(bars)
     cut = [max(bar.elbo - left, 0.0) if math.isfinite(bar.elbo) else 0.0 for bar in bars]
     ax.barh(places, cut, left=left, height=0.56, label=ELBO, **SEGMENTS[ELBO])
     for name in _segments_of(bars):
@@ -463,10 +340,10 @@ def _draw_bars(ax: Axes, bars: list[LedgerBar]) -> None:
                 bbox=_PAPER,
                 zorder=4,
             )
-    best = _first_finite([bar.best_known for bar in bars])
+    best = first_finite([bar.best_known for bar in bars])
     if math.isfinite(best):
         ax.axvline(best, color=INK, lw=1.2, ls=":", zorder=3)
-    ax.set_yticks(places, [_short(bar.method) for bar in bars])
+    ax.set_yticks(places, [short(bar.method) for bar in bars])
     ax.set_ylim(len(bars) - 0.45, -0.75)
     ax.set_xlim(left, right)
     ax.grid(visible=False, axis="y")
@@ -477,17 +354,6 @@ def _draw_bars(ax: Axes, bars: list[LedgerBar]) -> None:
 
 
 _PAPER = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
-
-
-def _bar_limits(bars: list[LedgerBar]) -> tuple[float, float]:
-    bounds = _finite([value for bar in bars for value in (bar.elbo, *bar.seeds)])
-    lowest = bounds if len(bounds) else _finite([bar.log_evidence for bar in bars])
-    tops = _finite([bar.best_known for bar in bars])
-    if not len(lowest):
-        return -1.0, 0.0
-    top = max(float(tops.max()) if len(tops) else -math.inf, float(lowest.max()))
-    span = max(top - float(lowest.min()), 1e-6 * max(1.0, abs(top)))
-    return top - 1.22 * span, top + 0.05 * span
 
 
 def _segments_of(bars: list[LedgerBar]) -> list[str]:
@@ -503,7 +369,7 @@ def _unsplit_texts(gap: str, columns: int) -> list[str]:
 
 def _room_for_names(bars: list[LedgerBar]) -> float:
     """Inches that long names of methods need beyond what every figure has for them."""
-    return LEGEND_INCHES_PER_LETTER * max(0, max(len(_short(bar.method)) for bar in bars) - 12)
+    return LEGEND_INCHES_PER_LETTER * max(0, max(len(short(bar.method)) for bar in bars) - 12)
 
 
 def _widest(bars: list[LedgerBar], name: str) -> float:
@@ -530,11 +396,11 @@ def _draw_numbers(ax: Axes, bars: list[LedgerBar]) -> None:
 
 
 def _bar_handles(bars: list[LedgerBar]) -> list[Artist]:
-    left, right = _bar_limits(bars)
+    left, right, _ = span_of_bars(bars)
     visible = [name for name in _segments_of(bars) if _widest(bars, name) > VISIBLE * (right - left)]
     handles: list[Artist] = [Patch(label=name, **SEGMENTS[name]) for name in (ELBO, *visible)]
     handles.append(Line2D([], [], color=INK, ls="none", marker="|", ms=11, mew=1.3, label="ELBO of each seed"))
-    if math.isfinite(_first_finite([bar.best_known for bar in bars])):
+    if math.isfinite(first_finite([bar.best_known for bar in bars])):
         handles.append(Line2D([], [], color=INK, lw=1.2, ls=":", label="best known log p(x)"))
     return handles
 
@@ -542,26 +408,11 @@ def _bar_handles(bars: list[LedgerBar]) -> list[Artist]:
 # ---- latent space ----------------------------------------------------------------------------------------------------
 
 
-def _first_fits(comparison: Comparison) -> list[Fit]:
-    return list({fit.method: fit for fit in reversed(comparison.fits)}.values())[::-1]
-
-
-def _means(fit: Fit) -> Floats | None:
-    """Means of q for the rows of the fit, (N, 2); None unless the latent is one pair of reals per datum."""
-    if fit.x is None or not fit.guide.is_local or fit.guide.is_discrete:
-        return None
-    sites = fit.entry.latent_sites()
-    if len(sites) != 1 or sites[0].dim != 2 or not sites[0].is_real:
-        return None
-    means: Floats = fit.transform().detach().double().cpu().numpy()
-    return means
-
-
 def _scatter(ax: Axes, means: Floats, classes: npt.NDArray[Any] | None) -> None:
     size = float(np.clip(9000 / len(means), 9, 40))
     if classes is None:
         ax.scatter(means[:, 0], means[:, 1], s=size, color=PALETTE[0], alpha=0.65, lw=0)
-    elif _is_continuous(classes):
+    elif is_continuous(classes):
         ax.scatter(means[:, 0], means[:, 1], s=size, c=classes, cmap="viridis", alpha=0.8, lw=0)
     else:
         for look, value in _class_looks(classes):
@@ -576,10 +427,6 @@ def _scatter(ax: Axes, means: Floats, classes: npt.NDArray[Any] | None) -> None:
     ax.set_ylabel("mean of z₂")
 
 
-def _is_continuous(classes: npt.NDArray[Any]) -> bool:
-    return len(np.unique(classes)) > MOST_CLASSES
-
-
 def _class_looks(classes: npt.NDArray[Any]) -> list[tuple[dict[str, Any], Any]]:
     """Return colour and marker of each class; beyond the tenth they come again."""
     looks = zip(itertools.cycle(CLASS_PALETTE), itertools.cycle(MARKERS), np.unique(classes).tolist(), strict=False)
@@ -587,7 +434,7 @@ def _class_looks(classes: npt.NDArray[Any]) -> list[tuple[dict[str, Any], Any]]:
 
 
 def _label_key(figure: Figure, axes: Any, classes: npt.NDArray[Any]) -> None:
-    if _is_continuous(classes):
+    if is_continuous(classes):
         scale = ScalarMappable(Normalize(classes.min(), classes.max()), "viridis")
         figure.colorbar(scale, ax=list(axes.flat), label="label", shrink=0.8)
         return
@@ -663,7 +510,7 @@ def _curve_of_rates_handles(curve: RateDistortion) -> list[Artist]:
 def _curve_title(curve: RateDistortion) -> str:
     seeds = curve.table["seed"].nunique()
     size = f"{curve.data['rows']} rows, {seeds} seed{'' if seeds == 1 else 's'}"
-    return f"{_short(curve.model)} on {_short(curve.data['name'])} ({size})"
+    return f"{short(curve.model)} on {short(curve.data['name'])} ({size})"
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------
@@ -687,30 +534,12 @@ def _head(figure: Figure, text: str) -> None:
 def _title(comparison: Comparison) -> str:
     seeds, data = comparison.table["seed"].nunique(), comparison.data
     size = f"{data['rows']} rows, {seeds} seed{'' if seeds == 1 else 's'}"
-    return f"{_short(comparison.model)} on {_short(data['name'])} ({size})"
-
-
-def _short(name: str, length: int = 40) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+    return f"{short(comparison.model)} on {short(data['name'])} ({size})"
 
 
 def _looks(comparison: Comparison) -> dict[str, tuple[str, str]]:
     methods = comparison.table["method"].unique()
     return {str(m): (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
-
-
-def _best_known(comparison: Comparison) -> float:
-    table = comparison.table
-    return _first_finite(list((table["log_evidence"] + table["learning_gap"]) / comparison.data["rows"]))
-
-
-def _first_finite(values: list[float]) -> float:
-    return next((value for value in values if math.isfinite(value)), math.nan)
-
-
-def _finite(values: list[float]) -> Floats:
-    array = np.asarray(values, dtype=np.float64)
-    return array[np.isfinite(array)]
 
 
 def _plain_formatter() -> ScalarFormatter:

@@ -15,7 +15,13 @@ class RateDistortion(Results):
     """Fits of one model by one guide at several β, from several seeds each, with table and plot."""
 
     def plot(self) -> Figure:
-        """Draw distortion against rate, nats per datum, a point for each fit; see :func:`plots.rate_distortion`."""
+        """Draw distortion against rate, nats per datum, a point for each fit.
+
+        Returns
+        -------
+        Figure
+            Of Matplotlib.
+        """
         return plots.rate_distortion(self)
 
 

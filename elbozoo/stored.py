@@ -239,7 +239,17 @@ class StoredData:
         return len(self.columns)
 
     def pick(self, columns: Columns) -> StoredData:
-        """Return the columns that are wanted, in their order; None wants all.
+        """Return the columns that are wanted, in their order.
+
+        Parameters
+        ----------
+        columns : sequence of str, optional
+            Names of columns; None wants all.
+
+        Returns
+        -------
+        StoredData
+            Its rows stay where they are.
 
         Raises
         ------

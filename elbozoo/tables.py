@@ -191,6 +191,11 @@ class Dataset:
         leave : sequence of str
             Columns that are no pixels and stay as they are; those of labels stay anyway.
 
+        Returns
+        -------
+        Dataset
+            Another one; with ``intensities`` where ``stochastic``.
+
         Raises
         ------
         InvalidInput
@@ -226,10 +231,22 @@ class Dataset:
             group; shares are then those of the labels. By default the first such column, if there is one; None takes
             every row by itself.
 
+        Returns
+        -------
+        Split
+            ``train``, ``validation`` and ``test``: data sets, or None for a part with the share 0.
+
         Raises
         ------
         InvalidInput
             For shares that leave a part with fewer than two rows, or a column that holds no labels.
+
+        Examples
+        --------
+        >>> import elbozoo as ez
+        >>> parts = ez.load_data("iris").split(test=0.2, seed=0)
+        >>> parts.train.rows, parts.test.rows, parts.validation
+        (120, 30, None)
         """
         refuse_no_integer(self.name, "seed", seed, least=0)
         if by == FIRST_KEY:
@@ -269,7 +286,23 @@ class Dataset:
         )
 
     def pick(self, wanted: Wanted) -> Dataset:
-        """Return the columns that are wanted, those of labels coded, if they may be fitted."""
+        """Return the columns that are wanted, those of labels coded, if they may be fitted.
+
+        Parameters
+        ----------
+        wanted : Wanted
+            The columns, those of labels among them, and whether values or labels may be missing.
+
+        Returns
+        -------
+        Dataset
+            The same one where nothing changes.
+
+        Raises
+        ------
+        InvalidInput
+            For a column that is not there, or values that may not be fitted.
+        """
         keys = wanted.key_names(self.name, self.columns)
         names = wanted.names(self.name, self.columns, keys)
         levels = {name: self.levels[name] for name in [*keys, *self.levels] if name in self.levels and name in names}

@@ -54,11 +54,28 @@ class GuideOptions(Options):
     )
 
     def without_search(self) -> Self:
-        """Return options with which a guide is made for its shape alone: its starting values do not matter."""
+        """Return options with which a guide is made for its shape alone: its starting values do not matter.
+
+        Returns
+        -------
+        GuideOptions
+            A copy.
+        """
         return self.model_copy(update={"initial_scale": self.scale})
 
     def suited_to(self, entry: Entry) -> Self:
-        """Return options with what they leave to the model filled in: shapes of images, form and input of encoders."""
+        """Return options with what they leave to the model filled in: shapes of images, form and input of encoders.
+
+        Parameters
+        ----------
+        entry : Entry
+            The model.
+
+        Returns
+        -------
+        GuideOptions
+            A copy, in which ``encoder`` and ``encoder_input`` are no longer ``auto``.
+        """
         shape = self.image_shape or (entry.image_shape and str(entry.image_shape))
         encoder = ("conv" if shape else "mlp") if self.encoder == "auto" else self.encoder
         seen = entry.encoder_input if self.encoder_input == "auto" else self.encoder_input
@@ -124,26 +141,70 @@ class Guide(PyroModule):
         return self.is_local
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Sample the latent sites of ``batch``."""
+        """Sample the latent sites of a batch.
+
+        Parameters
+        ----------
+        batch : Batch
+            Rows with their positions in the data set.
+
+        Returns
+        -------
+        dict of Tensor
+            A draw of each site, by its name.
+        """
         raise NotImplementedError
 
     def distributions(self, batch: Batch) -> dict[str, Distribution]:
-        """q of each latent site for the rows of ``batch``."""
+        """Return q of each latent site for the rows of a batch.
+
+        Parameters
+        ----------
+        batch : Batch
+            Rows with their positions in the data set.
+
+        Returns
+        -------
+        dict of Distribution
+            By site: batch shape (B,) for local latents, () for global ones.
+        """
         raise NotImplementedError(f"{self.name} gives draws but no distribution object")
 
     def means(self, batch: Batch) -> Tensor:
         """Mean of q of each row, (B, K), or probabilities where the latent is discrete; sites side by side.
 
         Where the mean has no formula it is that of 1000 draws.
+
+        Parameters
+        ----------
+        batch : Batch
+            Rows with their positions in the data set.
+
+        Returns
+        -------
+        Tensor (B, K)
+            In the units of the latents.
         """
         means = [mean_of(q) for q in self.distributions(batch).values()]
         return torch.cat([mean.reshape(len(mean), -1) for mean in means], -1)
 
     def finalize(self, batch: Batch) -> None:
-        """Do what is left to do once the optimiser has finished, such as a Laplace approximation."""
+        """Do what is left to do once the optimiser has finished, such as a Laplace approximation.
+
+        Parameters
+        ----------
+        batch : Batch
+            Rows with their positions in the data set.
+        """
 
     def prepare_to_load(self, batch: Batch) -> None:
-        """Take the form that :meth:`finalize` leaves, with parameters that are yet to be loaded."""
+        """Take the form that :meth:`finalize` leaves, with parameters that are yet to be loaded.
+
+        Parameters
+        ----------
+        batch : Batch
+            Rows with their positions in the data set.
+        """
 
 
 def mean_of(q: Distribution) -> Tensor:

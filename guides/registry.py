@@ -61,12 +61,41 @@ def guide_cards(entry: Entry, sites: list[LatentSite] | None = None) -> list[Gui
 
 
 def guide_names(entry: Entry) -> list[str]:
-    """Return the canonical names of all guides that fit ``entry``."""
+    """Return the canonical names of all guides that fit ``entry``.
+
+    Parameters
+    ----------
+    entry : Entry
+        The model.
+
+    Returns
+    -------
+    list of str
+        In the order of :func:`list_guides`.
+
+    Examples
+    --------
+    >>> from elbozoo.guides import guide_names
+    >>> from elbozoo.models import get_entry
+    >>> guide_names(get_entry("gaussian-mixture").example())[:3]
+    ['shared-categorical', 'free-categorical', 'amortized-categorical']
+    """
     return [card.name for card in guide_cards(entry) if card.refusal is None]
 
 
 def list_guides(entry: Entry) -> pd.DataFrame:
-    """Return a table of all guides for ``entry``: family, source, whether it fits, and why not."""
+    """Return a table of all guides for ``entry``: family, source, whether it fits, and why not.
+
+    Parameters
+    ----------
+    entry : Entry
+        The model.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by ``guide``, with ``family``, ``source``, ``fits`` and ``reason``; those that fit come first.
+    """
     rows = [
         {"guide": c.name, "family": c.family, "source": c.source, "fits": c.refusal is None, "reason": c.refusal or ""}
         for c in guide_cards(entry)
@@ -75,14 +104,35 @@ def list_guides(entry: Entry) -> pd.DataFrame:
 
 
 def resolve_guide(name: str, entry: Entry, sites: list[LatentSite] | None = None) -> str:
-    """Return the canonical name of the guide called ``name`` for ``entry``.
+    """Return the canonical name of a guide for an entry.
 
     ``"mean-field"`` and ``"amortized"`` mean the family that suits the latent's support.
+
+    Parameters
+    ----------
+    name : str
+        Name of a guide, or an alias such as ``"mean-field"``.
+    entry : Entry
+        The model.
+    sites : list of LatentSite, optional
+        Latent sites of the entry where they are at hand already.
+
+    Returns
+    -------
+    str
+        Such as ``"free-diagonal-normal"``.
 
     Raises
     ------
     InvalidInput
         For an unknown name, or a guide that does not fit, with the reason and what would work.
+
+    Examples
+    --------
+    >>> from elbozoo.guides import resolve_guide
+    >>> from elbozoo.models import get_entry
+    >>> resolve_guide("amortized", get_entry("ppca").example())
+    'amortized-diagonal-normal'
     """
     sites = sites if sites is not None else entry.latent_sites()
     canonical = _expand_alias(name, entry, sites)
@@ -104,7 +154,23 @@ def refusal_of(name: str, entry: Entry) -> str | None:
 
 
 def build_guide(name: str, entry: Entry, x: Tensor, options: GuideOptions | None = None) -> Guide:
-    """Build the guide called ``name`` for ``entry`` and the rows ``x`` (N, D), in the entry's dtype.
+    """Build a guide for an entry and its rows.
+
+    Parameters
+    ----------
+    name : str
+        Name of a guide, or an alias such as ``"mean-field"``.
+    entry : Entry
+        The model.
+    x : Tensor (N, D)
+        Rows, arranged.
+    options : GuideOptions, optional
+        Options of the guide; their defaults if none are given.
+
+    Returns
+    -------
+    Guide
+        In the entry's dtype, with starting values.
 
     Raises
     ------

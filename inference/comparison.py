@@ -125,7 +125,22 @@ class Comparison:
         return together[["method", "seed", *[c for c in together.columns if c not in ("method", "seed")]]]
 
     def document(self) -> dict[str, Any]:
-        """Return the comparison as plain values in the schema of ``--json``; null where a figure does not apply."""
+        """Return the comparison as plain values in the schema of ``--json``.
+
+        None, ``null`` in JSON, stands where a figure does not apply.
+
+        Returns
+        -------
+        dict
+            ``model``, ``data``, ``rows``, and ``heldout`` and ``failures`` where there are any.
+
+        Examples
+        --------
+        >>> import elbozoo as ez
+        >>> document = ez.compare("ppca", "iris", methods=["closed-form"], seeds=1, progress=False).document()
+        >>> document["data"], document["rows"][0]["log_evidence_kind"]
+        ({'name': 'iris', 'rows': 150, 'columns': 4}, 'exact')
+        """
         records = self.table.to_dict("records")
         document: dict[str, Any] = {
             "model": self.model,
@@ -141,9 +156,24 @@ class Comparison:
         return document
 
     def save(self, directory: str | Path) -> Path:
-        """Write the table, the JSON document, the trajectories and every fit; return the directory.
+        """Write the table, the JSON document, the trajectories and every fit.
 
         Fits that are there already stay as they are.
+
+        Parameters
+        ----------
+        directory : str or path
+            Folder for the files; it is made where there is none.
+
+        Returns
+        -------
+        Path
+            The folder.
+
+        Raises
+        ------
+        InvalidInput
+            If it cannot be written.
         """
         folder = writable_directory(directory)
         self.table.to_csv(folder / "comparison.csv", index=False)
@@ -158,7 +188,23 @@ class Comparison:
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """Read a comparison that :meth:`save` wrote; its fits carry no data."""
+        """Read a comparison that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        directory : str or path
+            Folder that :meth:`save` wrote.
+
+        Returns
+        -------
+        Comparison
+            Its fits carry no data.
+
+        Raises
+        ------
+        InvalidInput
+            If there is no comparison in it.
+        """
         folder = Path(directory)
         try:
             document = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))

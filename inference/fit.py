@@ -39,13 +39,19 @@ from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.isolation import isolated
 from elbozoo.models.contract.labels import codes_among
 from elbozoo.models.contract.sequences import StackedEntry, by_row
-from elbozoo.models.contract.sites import OBSERVED_SITE
+from elbozoo.models.contract.sites import OBSERVED_SITE, LatentSite
 
 EVALUATION_STREAM = 7_919  # keeps the draws of an evaluation apart from those of the fit with the same seed
 
 
 def provenance() -> dict[str, str]:
-    """Return versions of the libraries, the platform and the number of threads."""
+    """Return versions of the libraries, the platform and the number of threads.
+
+    Returns
+    -------
+    dict of str
+        By name of the library, and ``python``, ``platform``, ``threads``.
+    """
     packages = ("elbozoo", "torch", "pyro-ppl", "numpy", "scipy", "scikit-learn", "arviz")
     versions = {name: _version(name) for name in packages}
     return {
@@ -135,9 +141,31 @@ class Fit:
         return sum(p.numel() for p in unique_parameters(self.entry, self.guide))
 
     def elbo(self, x: Any = None) -> float:
-        """ELBO of the rows ``x`` (N, D), or of the data of the fit: total, nats; always at β = 1.
+        """Evaluate the ELBO, always at β = 1: in closed form where q has one, else from fresh draws.
 
-        Returns NaN for a q without a density, which bounds nothing.
+        Parameters
+        ----------
+        x : array-like (N, D), optional
+            Rows to look at; by default those of the fit.
+
+        Returns
+        -------
+        float
+            Nats, total over the rows; NaN for a q without a density, which bounds nothing.
+
+        Raises
+        ------
+        InvalidInput
+            For rows that do not go with the model, or without any where the fit carries none.
+
+        Examples
+        --------
+        The posterior of PPCA is known, and with it as q the bound touches the evidence:
+
+        >>> import elbozoo as ez
+        >>> fit = ez.fit("ppca", "iris", method="closed-form", latent_dim=2)
+        >>> round(fit.elbo(), 2), round(fit.log_evidence().value, 2)
+        (-404.96, -404.96)
         """
         if self._streamed(x) is not None:
             return self.full_ledger().elbo
@@ -147,10 +175,25 @@ class Fit:
         return elbo_of(self.entry, self.guide, rows, self._weights(rows))[0]
 
     def denoising_elbo(self, x: Any = None, *, seed: int | None = None) -> DenoisingELBO:
-        """ELBO of the denoising criterion of the rows ``x`` (N, D), or of the data of the fit: total, nats.
+        """Evaluate the ELBO of the denoising criterion, in which q is given corrupted rows.
 
-        Of a model whose guide is trained on corrupted rows, with q given those; NaN for any other, and for a q without
-        a density. ``seed`` decides corruptions and draws.
+        Parameters
+        ----------
+        x : array-like (N, D), optional
+            Rows to look at; by default those of the fit.
+        seed : int, optional
+            Seed of corruptions and draws; that of the fit by default.
+
+        Returns
+        -------
+        DenoisingELBO
+            Total in nats, with its standard error; NaN for a model whose guide is trained on rows as they are, and for
+            a q without a density.
+
+        Raises
+        ------
+        InvalidInput
+            For rows that do not go with the model, or without any where the fit carries none.
         """
         return denoising_elbo(self.entry, self.guide, self._rows(x), self._stream if seed is None else seed)
 
@@ -172,6 +215,26 @@ class Fit:
             The latents that the rows were simulated from, which ``bidirectional`` needs.
         **options
             Options of the estimator, such as ``draws=`` or ``temperatures=``.
+
+        Returns
+        -------
+        Evidence, EvidenceEstimate or None
+            Total in nats, per datum where it belongs to one, its error and its kind: ``exact``, ``quadrature`` or
+            ``estimate``.
+            An EvidenceEstimate where ``estimator`` is given.
+
+        Raises
+        ------
+        InvalidInput
+            For rows that do not go with the model, or without any where the fit carries none.
+
+        Examples
+        --------
+        >>> import elbozoo as ez
+        >>> fit = ez.fit("ppca", "iris", method="closed-form", latent_dim=2)
+        >>> evidence = fit.log_evidence()
+        >>> evidence.kind, len(evidence.per_datum)
+        ('exact', 150)
         """
         if estimator is not None:
             return estimate_log_evidence(
@@ -189,22 +252,67 @@ class Fit:
         return evidence_or_estimate(self.entry, self.guide, self._rows(x), self._stream)
 
     def anatomy(self, x: Any = None, **options: Any) -> Anatomy:
-        """Return rate, distortion and what the rate pays for; see :func:`~elbozoo.inference.anatomy.anatomy`."""
+        """Take the ELBO apart: rate, distortion and what the rate pays for.
+
+        See :func:`~elbozoo.inference.anatomy.anatomy`.
+
+        Parameters
+        ----------
+        x : array-like (N, D), optional
+            Rows to look at; by default those of the fit.
+        **options
+            Options of :func:`~elbozoo.inference.anatomy.anatomy`, such as ``draws=``.
+
+        Returns
+        -------
+        Anatomy
+            Nats, totals over the rows.
+
+        Raises
+        ------
+        InvalidInput
+            For rows that do not go with the model, or without any where the fit carries none.
+        """
         return anatomy(self.entry, self.guide, self._rows(x), seed=self._stream, **options)
 
     def disentanglement(self, factors: Any, x: Any = None, **options: Any) -> Disentanglement:
-        """Return MIG, SAP and DCI of the means of q against known factors of the rows ``x``, or of those of the fit.
+        """Return MIG, SAP and DCI of the means of q against known factors of the rows.
 
-        See :func:`~elbozoo.inference.disentanglement.disentanglement`; ``factors`` may be a data set that carries them.
+        See :func:`~elbozoo.inference.disentanglement.disentanglement`.
+
+        Parameters
+        ----------
+        factors : array-like (N, F) or Dataset
+            Values of the factors that made each row, or a data set that carries them.
+        x : array-like (N, D), optional
+            Rows to look at; by default those of the fit.
+        **options
+            Options of :func:`~elbozoo.inference.disentanglement.disentanglement`.
+
+        Returns
+        -------
+        Disentanglement
+            Figures from 0 to 1.
+
+        Raises
+        ------
+        InvalidInput
+            For rows that do not go with the model, or without any where the fit carries none.
         """
         return disentanglement(self.transform(x), factors, seed=self._stream, **options)
 
     def known_evidence(self) -> Evidence | None:
-        """Return log p(x) of the data of the fit as far as it depends on the model alone, not on q."""
+        """Return log p(x) of the data of the fit as far as it depends on the model alone, not on q.
+
+        Returns
+        -------
+        Evidence or None
+            None where it would take draws from q.
+        """
         return None if self._streamed(None) is not None else known_evidence(self.entry, self._rows(None))
 
     def ledger(self, x: Any = None, *, best_known: float = math.nan) -> pd.Series:
-        """Return the ledger of the rows ``x`` (N, D), or of the data of the fit: nats, total.
+        """Return the ledger: from log p(x) down to the ELBO, gap by gap; nats, totals over the rows.
 
         Parameters
         ----------
@@ -213,11 +321,49 @@ class Fit:
         best_known : float
             Largest log p(x) known on these rows, from which the learning gap is measured; without one, the
             closed-form maximum is used where the entry has one.
+
+        Returns
+        -------
+        Series
+            ``elbo``, ``log_evidence``, the gaps, ``kl``, k-hat, with errors; NaN where a figure does not apply.
+
+        Raises
+        ------
+        InvalidInput
+            For rows that do not go with the model, or without any where the fit carries none.
+
+        Examples
+        --------
+        >>> import elbozoo as ez
+        >>> fit = ez.fit("ppca", "iris", method="closed-form", latent_dim=2)
+        >>> ledger = fit.ledger()
+        >>> round(ledger["approximation_gap"], 6), ledger["log_evidence_kind"]
+        (0.0, 'exact')
         """
         return pd.Series(self.full_ledger(x, best_known=best_known).as_dict(), name=f"{self.model} {self.method}")
 
     def full_ledger(self, x: Any = None, *, best_known: float = math.nan, evidence: Evidence | None = None) -> Ledger:
-        """Return :meth:`ledger` as a typed record; ``evidence`` is log p(x) of these rows where it is known."""
+        """Return :meth:`ledger` as a typed record.
+
+        Parameters
+        ----------
+        x : array-like (N, D), optional
+            Rows to look at; by default those of the fit.
+        best_known : float
+            See :meth:`ledger`.
+        evidence : Evidence, optional
+            log p(x) of these rows where it is at hand.
+
+        Returns
+        -------
+        Ledger
+            With the fields of :meth:`ledger`.
+
+        Raises
+        ------
+        InvalidInput
+            For rows that do not go with the model, or without any where the fit carries none.
+        """
         streamed = self._streamed(x)
         if streamed is not None:
             return streamed_ledger(
@@ -244,6 +390,11 @@ class Fit:
         x : array-like (M, D), optional
             The rows; by default the test rows that were given beside the data, or else the validation rows.
 
+        Returns
+        -------
+        Series
+            Of objects: ``elbo``, ``log_evidence``, their errors and kind, in nats.
+
         Raises
         ------
         InvalidInput
@@ -257,9 +408,32 @@ class Fit:
         return pd.Series(figures._asdict(), name=f"{self.model} {self.method}", dtype=object)
 
     def transform(self, x: Any = None) -> Tensor:
-        """Return the mean of q for each row: (N, K); responsibilities for a discrete latent.
+        """Return the mean of q for each row; responsibilities for a discrete latent.
 
         Several latents stand side by side. Where the mean has no formula it is that of 1000 draws.
+
+        Parameters
+        ----------
+        x : array-like (N, D), optional
+            Rows to look at; by default those of the fit.
+
+        Returns
+        -------
+        Tensor (N, K)
+            In the units of the latents.
+
+        Raises
+        ------
+        InvalidInput
+            For a model with one latent for all rows, or rows that do not go with the model.
+
+        Examples
+        --------
+        >>> import elbozoo as ez
+        >>> fit = ez.fit("gaussian-mixture", "iris", method="em", components=3, progress=False)
+        >>> responsibilities = fit.transform()
+        >>> tuple(responsibilities.shape), round(float(responsibilities.sum()), 6)
+        ((150, 3), 150.0)
         """
         with isolated(self._stream), torch.no_grad():
             batch = Batch.full(self._rows(x))
@@ -271,9 +445,19 @@ class Fit:
             return by_row(batch.x, means) if isinstance(self.entry, StackedEntry) else means
 
     def reconstruct(self, x: Any = None) -> Tensor:
-        """Return what the model makes of the code of each row: the mean of x given the mean of q, (N, D).
+        """Return what the model makes of the code of each row: the mean of x given the mean of q.
 
         Columns that the model conditions on come back as they are.
+
+        Parameters
+        ----------
+        x : array-like (N, D), optional
+            Rows to look at; by default those of the fit.
+
+        Returns
+        -------
+        Tensor (N, D)
+            In the units of the data.
 
         Raises
         ------
@@ -281,20 +465,87 @@ class Fit:
             For a model without one continuous latent for each row, which is what a code is.
         """
         rows = self._rows(x)
+        site = self._code(rows)
+        with isolated(self._stream), torch.no_grad():
+            return self._decoded(self.guide.means(Batch.full(rows)).reshape(len(rows), *site.event_shape), rows, site)
+
+    def decode(self, z: Any) -> Tensor:
+        """Return what the model makes of codes: the mean of x given each.
+
+        Columns that the model conditions on are those of rows that it simulates.
+
+        Parameters
+        ----------
+        z : Tensor (M, K)
+            Codes, values of the latent.
+
+        Returns
+        -------
+        Tensor (M, D)
+            In the units of the data.
+
+        Raises
+        ------
+        InvalidInput
+            For a model without one continuous latent for each row, or for codes of another size.
+
+        Examples
+        --------
+        >>> import elbozoo as ez
+        >>> fit = ez.fit("ppca", "iris", method="closed-form", latent_dim=2, progress=False)
+        >>> middle = fit.decode([[0.0, 0.0]])
+        >>> [round(value, 3) for value in middle[0].tolist()] == [round(v, 3) for v in fit.x.mean(0).tolist()]
+        True
+        """
+        codes = torch.as_tensor(z, dtype=torch.float64)
+        site = self._code(self.entry.template(2))
+        if codes.shape[1:] != site.event_shape or codes.ndim != 1 + len(site.event_shape):
+            expected = ", ".join(["M", *map(str, site.event_shape)])
+            raise InvalidInput(f"found codes of shape {tuple(codes.shape)}, expected ({expected}): a code for each row")
+        with isolated(self._stream), torch.no_grad():
+            return self._decoded(codes, self.entry.template(len(codes)), site)
+
+    def _code(self, rows: Tensor) -> LatentSite:
+        """Return the latent that is the code of a row."""
         sites = self.entry.latent_sites(rows)
         if len(sites) != 1 or not sites[0].is_local or sites[0].is_discrete or rows.ndim > 2:
             found = ", ".join(repr(site.name) for site in sites) or "none"
             raise InvalidInput(
                 f"{self.model} has the latents {found}, expected one continuous latent for each row, as code of the row"
             )
-        with isolated(self._stream), torch.no_grad():
-            codes = self.guide.means(Batch.full(rows)).reshape(len(rows), *sites[0].event_shape)
-            program = poutine.condition(self.entry, data={sites[0].name: codes})
-            observed = poutine.trace(program).get_trace(Batch.full(rows)).nodes[OBSERVED_SITE]
-            return self.entry.complete(rows, _mean(observed["fn"]))
+        return sites[0]
+
+    def _decoded(self, codes: Tensor, rows: Tensor, site: LatentSite) -> Tensor:
+        program = poutine.condition(self.entry, data={site.name: codes})
+        observed = poutine.trace(program).get_trace(Batch.full(rows)).nodes[OBSERVED_SITE]
+        return self.entry.complete(rows, _mean(observed["fn"]))
 
     def score_samples(self, x: Any = None) -> Tensor:
-        """Return log p(x_n) of each row, (N,), nats: exact, by quadrature or estimated as the entry allows."""
+        """Return log p(x_n) of each row: exact, by quadrature or estimated as the entry allows.
+
+        Parameters
+        ----------
+        x : array-like (N, D), optional
+            Rows to look at; by default those of the fit.
+
+        Returns
+        -------
+        Tensor (N,)
+            Nats.
+
+        Raises
+        ------
+        InvalidInput
+            For a model without log p(x), or without one for each row, or rows that do not go with it.
+
+        Examples
+        --------
+        >>> import elbozoo as ez
+        >>> fit = ez.fit("ppca", "iris", method="closed-form", latent_dim=2)
+        >>> scores = fit.score_samples()
+        >>> tuple(scores.shape), round(float(scores.sum()) - fit.log_evidence().value, 6)
+        ((150,), 0.0)
+        """
         evidence = self.log_evidence(x)
         if evidence is None:
             raise InvalidInput(
@@ -308,23 +559,99 @@ class Fit:
         return evidence.per_datum
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
-        """Draw ``n`` new rows from the fitted model, (n, D); of a sequence model, one sequence of ``n`` steps."""
+        """Draw new rows from the fitted model.
+
+        Parameters
+        ----------
+        n : int
+            Number of rows; of a sequence model, of the steps of one sequence.
+        seed : int
+            Seed of the draw.
+
+        Returns
+        -------
+        Tensor (n, D)
+            In the units of the data.
+
+        Examples
+        --------
+        >>> import elbozoo as ez
+        >>> fit = ez.fit("ppca", "iris", method="closed-form", latent_dim=2)
+        >>> tuple(fit.sample(10, seed=1).shape)
+        (10, 4)
+        """
         return self.entry.simulate_table(n, seed)[0]
 
     def to_inferencedata(self, x: Any = None, *, draws: int = 1000) -> arviz.InferenceData:
-        """Return draws of z, of new data and the log-likelihood as ArviZ's InferenceData, one chain.
+        """Return draws of z, of new data and the log-likelihood as ArviZ's InferenceData.
 
         See :func:`~elbozoo.inference.inferencedata.inference_data`.
+
+        Parameters
+        ----------
+        x : array-like (N, D), optional
+            Rows to look at; by default those of the fit.
+        draws : int
+            Number of draws of q and of the prior.
+
+        Returns
+        -------
+        InferenceData
+            One chain, unless the fit is one of NUTS.
+
+        Raises
+        ------
+        InvalidInput
+            For rows that do not go with the model, or without any where the fit carries none.
+
+        Examples
+        --------
+        >>> import elbozoo as ez
+        >>> fit = ez.fit("ppca", "iris", method="closed-form", latent_dim=2)
+        >>> fit.to_inferencedata(draws=20).groups()
+        ['posterior', 'posterior_predictive', 'log_likelihood', 'prior', 'prior_predictive', 'observed_data']
         """
         return inference_data(self.entry, self.guide, self._rows(x), draws, self._stream)
 
     def save(self, directory: str | Path) -> Path:
-        """Write the fit to ``directory`` as JSON, safetensors and CSV, without its data."""
+        """Write the fit as JSON, safetensors and CSV, without its data.
+
+        Parameters
+        ----------
+        directory : str or path
+            Folder for the files; it is made where there is none.
+
+        Returns
+        -------
+        Path
+            The folder.
+
+        Raises
+        ------
+        InvalidInput
+            If it cannot be written, or for a program of your own.
+        """
         return save_fit(self, directory)
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """Read a fit that :meth:`save` wrote."""
+        """Read a fit that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        directory : str or path
+            Folder that :meth:`save` wrote.
+
+        Returns
+        -------
+        Fit
+            Without data.
+
+        Raises
+        ------
+        InvalidInput
+            If there is no fit in it.
+        """
         return cls(**read_fit(directory))
 
     @property

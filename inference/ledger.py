@@ -215,8 +215,14 @@ def elbo_estimate(weights: Weights) -> tuple[float, float]:
 def check_bound(elbo: float, elbo_se: float, evidence: Evidence) -> None:
     """Refuse a bound above the truth by more than six standard errors (false alarms below 1e-9) and rounding.
 
-    An ``estimate`` is itself a lower bound, so nothing can be said against an ELBO above it.
+    An ``estimate`` is itself a lower bound, so nothing can be said against an ELBO above it. But one whose
+    own error is not finite is that of a q that ran away, whatever the evidence.
     """
+    if elbo > evidence.value and not math.isfinite(elbo_se):
+        raise NumericalFailure(
+            f"the ELBO {elbo:.6g} has a standard error of {elbo_se}: q has left the data; lower learning_rate, or "
+            "start from another seed"
+        )
     allowed = BOUND_Z * math.hypot(elbo_se, evidence.standard_error) + ROUNDING * max(1.0, abs(evidence.value))
     if evidence.kind != "estimate" and elbo > evidence.value + allowed:
         raise NumericalFailure(

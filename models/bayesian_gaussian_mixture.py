@@ -25,8 +25,62 @@ What the options do not state is taken from the data, as scikit-learn's `Bayesia
 mean, $W_0^{-1}$ their covariance, $\nu_0$ the number of columns and $\alpha_0 = 1/K$. Such a prior has seen the data
 once already, so state it where evidence is compared between data sets.
 
-What goes wrong: the factors are independent under q, so that its posteriors are too narrow and the gap is open; of the
-$K!$ equal modes q holds one, which alone costs up to $\ln K!$ nats; CAVI stops at local maxima (use `restarts`).
+What goes wrong:
+
+*One mode of many*. The same mixture has $K!$ names, and so the posterior has $K!$ equal modes, of which q holds one.
+That alone costs $\ln K!$ nats where the modes lie far apart, however good q is about its own. For so few rows the
+evidence is exact, and the gap of CAVI is nearly this number:
+
+```python
+from math import lgamma
+
+torch.manual_seed(0)
+prior = {"prior_mean": 20.0, "prior_scale": 1.0, "mean_precision": 0.01}
+for components, rows in {1: 10, 2: 5, 3: 3}.items():
+    centres = 20.0 * torch.arange(components).repeat(rows)[:, None]
+    clusters = centres + torch.randn(rows * components, 1)
+    options = {"components": components, "method": "cavi", "seed": 0, **prior}
+    options |= {"progress": False}
+    mixture = ez.fit("bayesian-gaussian-mixture", clusters, **options)
+    gap = mixture.log_evidence().value - mixture.elbo()
+    names = lgamma(components + 1)
+    print(f"K = {components}: gap {gap:.3f} nats, ln K! {names:.3f} nats")
+    assert abs(gap - names) < 0.2
+```
+
+*Independent factors*. The factors are independent under q, so that its posteriors are too narrow. Where components
+overlap, which datum belongs to which hangs together with where they lie, and the gap is more than the names cost:
+
+```python
+torch.manual_seed(0)
+halves = torch.tensor([[-0.5], [0.5]]).repeat(6, 1)
+points = torch.randn(12, 1)
+prior = {"prior_mean": 0.0, "prior_scale": 1.0, "mean_precision": 0.01}
+gaps = {}
+for distance in (20, 1):
+    options = {"components": 2, "method": "cavi", "seed": 0, **prior}
+    clusters = distance * halves + points
+    options |= {"progress": False}
+    mixture = ez.fit("bayesian-gaussian-mixture", clusters, **options)
+    gaps[distance] = mixture.log_evidence().value - mixture.elbo()
+    print(f"distance {distance}: gap {gaps[distance]:.3f} nats")
+assert gaps[1] > gaps[20] + 0.1
+```
+
+*Local maxima*. CAVI stops at the nearest, and from one start that may be a poor one; `restarts` takes the best of
+several.
+
+```python
+options = {"components": 6, "method": "cavi", "progress": False}
+elbos = []
+for seed in range(6):
+    one = ez.fit("bayesian-gaussian-mixture", "iris", restarts=1, seed=seed, **options)
+    elbos.append(one.elbo())
+ten = ez.fit("bayesian-gaussian-mixture", "iris", restarts=10, seed=0, **options)
+print("one start each:", *(f"{elbo:.0f}" for elbo in elbos), "nats, total")
+print(f"best of ten starts: {ten.elbo():.0f} nats, total")
+assert ten.elbo() - min(elbos) > 5
+```
 
 References
 ----------
@@ -134,9 +188,9 @@ class BayesianGaussianMixture(Entry):
     Attributes
     ----------
     prior_mean : buffer (D,)
-        m₀.
+        m₀, prior mean of the means.
     prior_inverse_scale : buffer (D, D), or (D,) for diagonal covariances
-        W₀⁻¹, squared units of the data.
+        W₀⁻¹, inverse scale matrix of the prior of the precisions, or its diagonal; squared units of the data.
     """
 
     Options = BayesianGaussianMixtureOptions

@@ -14,9 +14,45 @@ A class in which everybody gives the same answer has $\theta = 0$ or $1$, and on
 have probability zero. So a floor is part of the model: $\theta$ stays within `floor` of neither end. The likelihood
 in each $\theta_{kd}$ has one hump, so clipping is the exact maximiser under the floor and EM stays monotone.
 
-What goes wrong: local maxima (use `restarts`); labels that carry no order, $K!$ names for the same mixture; and classes
-that the data cannot tell apart. With $D < 2 \lceil \log_2 K \rceil + 1$ columns different parameters may give the same
-likelihood, and one column never says more than its mean.
+What goes wrong:
+
+*Local maxima*. EM climbs to the nearest, and from one start that may be a poor one; `restarts` takes the best of
+several. Each number of the first line is EM from one start:
+
+```python
+options = {"components": 10, "method": "em", "progress": False}
+nats = []
+for seed in range(6):
+    one = ez.fit("bernoulli-mixture", "digits-binary", restarts=1, seed=seed, **options)
+    nats.append(one.log_evidence().value)
+ten = ez.fit("bernoulli-mixture", "digits-binary", restarts=10, seed=0, **options)
+best = ten.log_evidence().value
+print("one start each:", *(f"{value:.0f}" for value in nats), "nats, total")
+print(f"best of ten starts: {best:.0f} nats, total")
+assert best - min(nats) > 20
+```
+
+*Classes that the data cannot tell apart*. With $D < 2 \lceil \log_2 K \rceil + 1$ columns different parameters may
+give the same likelihood. Two columns and two classes are such a case: two fits, kept apart by their floors, explain
+the same answers equally well and tell different stories.
+
+```python
+answers = ez.load_data("role-conflict").x[:, :2]
+nats, probs = [], []
+for floor in (0.001, 0.05):
+    options = {"components": 2, "floor": floor, "method": "em", "seed": 0}
+    classes = ez.fit("bernoulli-mixture", answers, **options, progress=False)
+    nats.append(classes.log_evidence().value)
+    probs.append(classes.entry.probs.detach())
+    print(f"log p(x) {nats[-1]:.2f} nats, total, θ", *probs[-1].numpy().round(2))
+for names in (probs[1], probs[1].flip(0)):
+    assert (probs[0] - names).abs().max() > 0.1
+assert abs(nats[0] - nats[1]) < 0.01
+```
+
+One column never says more than its mean: any number of classes has the likelihood of one.
+
+*Labels that carry no order*. The same mixture has $K!$ names, and another seed may choose another.
 
 References
 ----------
@@ -77,9 +113,9 @@ class BernoulliMixture(MixtureEntry):
     Attributes
     ----------
     weights : PyroParam (K,)
-        π.
+        π, share of each class.
     probs : PyroParam (K, D)
-        θ, probability of a 1, within the floor of neither 0 nor 1.
+        θ, probability of a 1 in each class, within the floor of neither 0 nor 1.
     """
 
     Options = BernoulliMixtureOptions

@@ -14,9 +14,42 @@ $p(z \mid x) = \mathcal N\bigl(M^{-1} W^\top \Psi^{-1} (x - \mu),\ M^{-1}\bigr)$
 $M = I + W^\top \Psi^{-1} W$. As in PPCA, rotations of $W$ leave the likelihood unchanged and change the gap of a
 mean-field guide.
 
-What goes wrong: a Heywood case, in which one factor reproduces a column so that its noise tends to
-zero. The option `floor` states how far it may go, as a share of the column's variance. EM is slow where
-noise is small against signal.
+What goes wrong:
+
+*A Heywood case*: one factor reproduces a column so that its noise tends to zero. The option `floor` states how far it
+may go, as a share of the column's variance. The correlations below ask a single factor for the loading
+$\sqrt{0.8 \cdot 0.8 / 0.4} > 1$ on the first column, which no noise variance above zero allows:
+
+```python
+torch.manual_seed(0)
+wanted = torch.tensor([[1, 0.8, 0.8], [0.8, 1, 0.4], [0.8, 0.4, 1]]).double()
+draws = torch.randn(200, 3).double()
+white = torch.linalg.qr(draws - draws.mean(0)).Q * 200**0.5
+rows = white @ torch.linalg.cholesky(wanted).T
+for floor in (0.1, 0.01, 0.001):
+    options = {"latent_dim": 1, "floor": floor, "method": "em", "seed": 0}
+    factor = ez.fit("factor-analysis", rows, **options, progress=False)
+    noise = factor.entry.variance.detach()
+    print(f"floor {floor}: noise variances", *(f"{value:.3f}" for value in noise))
+    assert noise[0] < 1.01 * floor and noise[1:].min() > 0.2
+```
+
+*A slow climb*. EM is slow where noise is small against signal; `acceleration=squarem` helps.
+
+```python
+torch.manual_seed(0)
+signal = torch.randn(300, 2) @ torch.randn(2, 6)
+counts = {}
+for scale in (0.3, 0.1):
+    noisy = signal + scale * torch.randn(300, 6)
+    for how in ("none", "squarem"):
+        options = {"latent_dim": 2, "method": "em", "acceleration": how, "seed": 0}
+        factor = ez.fit("factor-analysis", noisy, **options, progress=False)
+        counts[scale, how] = len(factor.trajectory)
+        print(f"noise {scale}, {how}: {counts[scale, how]} iterations")
+assert counts[0.1, "none"] > 1.5 * counts[0.3, "none"]
+assert counts[0.1, "squarem"] < 0.5 * counts[0.1, "none"]
+```
 
 References
 ----------
@@ -63,13 +96,13 @@ class FactorAnalysis(Entry):
     Attributes
     ----------
     loading : Parameter (D, K)
-        W.
+        W, the loadings.
     loc : Parameter (D,)
-        μ.
+        μ, mean of each column.
     log_excess : Parameter (D,)
-        Log of what each column's noise variance has above the floor, in units of the column's variance.
+        ψ, noise variance of each column, as the log of what it has above the floor, in units of the column's variance.
     unit : buffer (D,)
-        Standard deviation of each column of the data.
+        s, standard deviation of each column of the data, in whose square the floor is measured; no part of θ.
     """
 
     Options = FactorAnalysisOptions

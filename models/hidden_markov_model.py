@@ -25,11 +25,57 @@ its gap grows with the length of the series.
 Under `stationary` the M step of $A$ has no closed form, because $\pi$ depends on $A$: it is then a numerical
 maximum (L-BFGS) that is taken only where it does not lower the expected log joint, so EM stays monotone.
 
-What goes wrong: local maxima (use `restarts`), and labels that carry no order: the same model has $K!$ names. The
-likelihood of normal emissions is unbounded, as a state can shrink onto one observation; so a floor is part of
-the model: in units of the data's standard deviation per column, no state's variance is below `floor` in any
-direction. A rate is never below $10^{-12}$ counts a step. States on the floor, or without steps, are reported as
-collapsed, and among restarts a fit without one is preferred.
+What goes wrong:
+
+*Local maxima*. EM climbs to the nearest, and from one start that may be a poor one; `restarts` takes the best of
+several. The wines stand in the order of their cultivars, so that their rows are a sequence. Each number of the first
+line is EM from one start:
+
+```python
+options = {"states": 5, "method": "em", "progress": False}
+nats = []
+for seed in range(6):
+    options |= {"restarts": 1, "seed": seed}
+    one = ez.fit("hidden-markov-model", "wine-standardised", **options)
+    nats.append(one.log_evidence().value)
+options |= {"restarts": 10, "seed": 0}
+ten = ez.fit("hidden-markov-model", "wine-standardised", **options)
+print("one start each:", *(f"{value:.0f}" for value in nats), "nats, total")
+print(f"best of ten starts: {ten.log_evidence().value:.0f} nats, total")
+assert ten.log_evidence().value - min(nats) > 5
+```
+
+*Collapsed states*. The likelihood of normal emissions is unbounded, as a state can shrink onto one observation; so a
+floor is part of the model: in units of the data's standard deviation per column, no state's variance is below `floor`
+in any direction. A rate is never below $10^{-12}$ counts a step. States on the floor, or without steps, are reported as
+collapsed, and among restarts a fit without one is preferred. Of independent noise twelve states make far too much:
+
+```python
+torch.manual_seed(0)
+noise, new = torch.randn(40, 1), torch.randn(400, 1)
+for states in (1, 12):
+    options = {"states": states, "method": "em", "restarts": 3, "seed": 0}
+    chain = ez.fit("hidden-markov-model", noise, **options, progress=False)
+    own, other = chain.log_evidence().value / 40, chain.log_evidence(new).value / 400
+    print(f"{states} states:", *chain.notes)
+    print(f"    log p(x) {own:.2f} nats per step, of a new series {other:.2f}")
+assert own > other + 1 and chain.notes
+```
+
+*A q without time*. A guide that is independent across time has a gap that grows with the length of the series:
+
+```python
+walk = ez.load_data("simulate:hidden-markov-model", rows=200, seed=3).x
+gaps = {}
+for steps in (50, 200):
+    options = {"guide": "free-categorical", "steps": 200, "seed": 0}
+    apart = ez.fit("hidden-markov-model", walk[:steps], **options, progress=False)
+    gaps[steps] = apart.log_evidence().value - apart.elbo()
+    print(f"{steps} steps: gap {gaps[steps]:.2f} nats, total")
+assert gaps[200] > 2 * gaps[50] > 0
+```
+
+*Labels that carry no order*. The same model has $K!$ names.
 
 References
 ----------
@@ -242,9 +288,9 @@ class StateChain(nn.Module):
     Attributes
     ----------
     initial_logits : Parameter (K,)
-        Unnormalised log π; only where π is free.
+        π, probabilities of the first state, as unnormalised logarithms; only where it is free.
     transition_logits : Parameter (K, K)
-        Unnormalised log A.
+        A, probabilities of the moves, as unnormalised logarithms of its rows.
     """
 
     def __init__(self, states: int, initial: str) -> None:

@@ -34,10 +34,57 @@ and the posterior is proper, so that log p(x) = ELBO + KL holds and no bound exc
 compared between models with the same flat prior only. Series cannot be drawn from a flat prior: simulation begins
 about the first values of the data.
 
-What goes wrong: a mean-field guide draws $\theta$ to where its gap is small, which is where the state moves much and
-the noise is little (Turner and Sahani 2011). $P_1$ cannot be learned from one series, and shrinks to its floor. In
-the general structure the state is known up to an invertible map only. Variances of zero, common in trends, are
-approached slowly by EM and end at the `floor`, without which a path would have no density.
+What goes wrong:
+
+*Mean-field learns another θ.* A q that is independent across time draws $\theta$ to where its gap is small, which is
+where the state moves much and the noise is little (Turner and Sahani 2011). EM, whose E step is exact, raises the
+likelihood itself. On the flow of the Nile the two disagree about what a flood is, and the likelihood is on EM's side:
+
+```python
+nile = {"model": "linear-gaussian-state-space", "data": "nile", "progress": False}
+em = ez.fit(**nile, method="em", structure="local-level")
+independent = ez.fit(**nile, guide="mean-field", structure="local-level", steps=800)
+moves, evidence = [], []
+for fit in (em, independent):
+    moves.append(float(fit.entry.innovation_variance.sqrt().detach()))
+    noise = float(fit.entry.noise.sqrt().detach())
+    evidence.append(fit.log_evidence().value)
+    print(f"{fit.method}: level moves by {moves[-1]:.0f} a year,", end=" ")
+    print(f"noise {noise:.0f}, log p(x) {evidence[-1]:.2f} nats")
+assert moves[1] > 1.5 * moves[0] and evidence[1] < evidence[0] - 1
+```
+
+*Variances of zero.* A maximum at which a variance is zero is common in trends. EM approaches it slowly and would end at
+the `floor`, without which a path would have no density. The slope of the Nile is such a case: its noise goes on falling
+while the likelihood hardly moves, so that a fit that stops early shows a trend that wanders.
+
+```python
+slopes, evidence = [], []
+trend = {"method": "em", "structure": "local-linear-trend"}
+for iterations in (20, 200):
+    fit = ez.fit(**nile, **trend, iterations=iterations)
+    slopes.append(float(fit.entry.innovation_variance[1].sqrt().detach()))
+    evidence.append(fit.log_evidence().value)
+    print(f"{iterations} iterations: slope moves by {slopes[-1]:.2f} a year,", end=" ")
+    print(f"log p(x) {evidence[-1]:.2f} nats")
+assert slopes[1] < 0.5 * slopes[0] and evidence[1] - evidence[0] < 5
+```
+
+*The first state is seen once.* With `initial=free`, $P_1$ cannot be learned from one series: the likelihood is largest
+where the first state is a constant, so that its spread shrinks to the floor for as long as EM goes on.
+
+```python
+spreads = []
+general = {"method": "em", "latent_dim": 1, "initial": "free"}
+for iterations in (2, 20, 200):
+    fit = ez.fit(**nile, **general, iterations=iterations)
+    spreads.append(float(fit.entry.initial_scale_tril.detach().squeeze()))
+    print(f"{iterations} iterations: the first state spreads by {spreads[-1]:.3f}")
+assert spreads[2] < 0.5 * spreads[1] < 0.5 * spreads[0]
+```
+
+*A state without units.* In the general structure the state is known up to an invertible map only: compare what it says
+of the data, not loadings.
 
 References
 ----------
@@ -183,19 +230,24 @@ class LinearGaussianStateSpace(SequenceEntry):
     Attributes
     ----------
     transition : Parameter or buffer (K, K)
-        A.
+        A, the dynamics.
     loading : Parameter or buffer (D, K)
-        C.
+        C, what each column sees of the state.
     loc : Parameter or buffer (D,)
-        d.
-    process_factor, noise_factor : Parameter
-        Unconstrained factors of Q and of R, see ``models/numerics/covariances.py``.
+        d, offset of each column.
+    process_factor : Parameter (1, K, K) or (1, K)
+        Q, covariance of the noise of the dynamics, as its unconstrained factor, see
+        ``models/numerics/covariances.py``.
+    noise_factor : Parameter (1, D)
+        R, variances of the noise of the columns, as their unconstrained factor.
     initial_mean : Parameter or buffer (K,)
-        m_1; where simulation begins under a diffuse start.
-    initial_factor : Parameter (1, K, K), or initial_scale : buffer (K,)
-        Unconstrained factor of P_1 where it is free, otherwise the standard deviations of z_1.
+        m_1, mean of the first state; where simulation begins under a diffuse start.
+    initial_factor : Parameter (1, K, K)
+        P_1, covariance of the first state, as its unconstrained factor; only where it is free.
+    initial_scale : buffer (K,)
+        P_1, as standard deviations of the first state; where it is not free.
     unit : buffer (D,)
-        Standard deviation of each column of the data; the floor is measured in it.
+        s, standard deviation of each column of the data, in which the floor is measured; no part of θ.
     """
 
     Options = LinearGaussianStateSpaceOptions

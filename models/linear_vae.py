@@ -26,9 +26,40 @@ The posterior mean is linear in $x$ and its covariance the same for every row, s
 at the rotation $R = I$, where the posterior is diagonal. The ELBO, unlike the likelihood, prefers that rotation, and
 has no local maxima that the likelihood does not have (Lucas et al. 2019, theorem 1).
 
-What goes wrong: a `noise_scale` above the root of $\lambda_k$ switches $k$ off. With $\sigma$ learned, $K$ must stay
-below the rank of the centred rows, or the noise vanishes and the likelihood is unbounded. Columns in different units
-are weighed by their variance, so standardise them first.
+What goes wrong:
+
+*Posterior collapse.* A `noise_scale` above the root of $\lambda_k$ switches $k$ off. Two of the four eigenvalues below
+are smaller than the noise. The encoder is linear and the ELBO has no local maxima to be blamed, yet two columns of $W$
+go to zero, as the formula above says:
+
+```python
+x = ez.load_data("wine-standardised").x
+eigenvalues = torch.linalg.eigvalsh(x.T.cov(correction=0)).flip(0)
+settings = {"encoder": "linear", "latent_dim": 4, "noise_scale": 1.3, "progress": False}
+fit = ez.fit("linear-vae", x, guide="amortized", seed=0, **settings)
+learned = fit.entry.loading.detach().norm(dim=0).sort(descending=True).values
+for k, length in enumerate(learned):
+    formula = float((eigenvalues[k] - 1.3**2).clamp(min=0).sqrt())
+    print(f"{k + 1}: √λ {eigenvalues[k].sqrt():.2f},", end=" ")
+    print(f"|w| {length:.2f}, by the formula {formula:.2f}")
+assert learned[1] > 0.8 and learned[2] < 0.1
+```
+
+*No noise left.* With $\sigma$ learned, $K$ must stay below the rank of the centred rows, or the noise vanishes and the
+likelihood is unbounded. Four rows have rank three at most:
+
+```python
+refused = False
+try:
+    ez.fit("linear-vae", x[:4], latent_dim=3, progress=False)
+except ez.InvalidInput as error:
+    refused = True
+    print(error)
+assert refused
+```
+
+*Columns in different units* are weighed by their variance, so standardise them first; the page of `ppca` shows what
+happens otherwise.
 
 References
 ----------
@@ -74,11 +105,11 @@ class LinearVAE(PPCA):
     Attributes
     ----------
     loading : Parameter (D, K)
-        W.
+        W, the linear decoder.
     loc : Parameter (D,)
-        μ.
+        μ, mean of each column.
     noise_scale : PyroParam () or buffer ()
-        σ, a standard deviation; a buffer where the option gives it.
+        σ, standard deviation of the noise; a buffer where the option gives it.
     """
 
     Options = LinearVAEOptions

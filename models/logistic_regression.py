@@ -15,9 +15,40 @@ et al. recommend for standardised columns, with normals in place of their Cauchy
 The evidence is an integral over as many dimensions as there are coefficients. Up to three it is done by adaptive
 cubature, with its error; above that it is estimated by annealed importance sampling, with its standard error.
 
-What goes wrong: where a plane separates the two classes the likelihood has no maximum, and the posterior is as wide as
-the prior lets it be: the answer is finite and proper, and it is the prior's. The posterior is then skewed, so that
-normal guides, and Laplace's most of all, sit on the wrong side of its mass.
+What goes wrong:
+
+*Separation.* Where a plane separates the two classes the likelihood has no maximum (Albert & Anderson 1984), and the
+posterior is as wide as the prior lets it be: the answer is finite and proper, and it is the prior's. With one slope the
+posterior can be summed on a grid; its mean goes where the prior's scale goes:
+
+```python
+x = torch.tensor([[-2.0, 0], [-1, 0], [-0.5, 0], [0.5, 1], [1, 1], [2, 1]]).double()
+slopes = torch.linspace(-20, 200, 22001).double()
+odds = slopes[:, None] * (2 * x[:, 1] - 1) * x[:, 0]
+log_likelihood = torch.nn.functional.logsigmoid(odds).sum(1)
+means = {}
+for scale in (2.5, 10.0, 40.0):
+    density = (log_likelihood - 0.5 * (slopes / scale) ** 2).softmax(0)
+    means[scale] = float(density @ slopes)
+    print(f"prior scale {scale}: posterior mean {means[scale]:.1f} log odds")
+assert means[40.0] > 2 * means[10.0] > 4 * means[2.5]
+```
+
+*Skewness.* The posterior is then skewed, so that normal guides, and Laplace's most of all, sit on the wrong side of its
+mass: Laplace's is about the mode, and reaches into slopes that the data exclude.
+
+```python
+settings = {"intercept": False, "prior_scale": 40.0, "progress": False}
+fit = ez.fit("logistic-regression", x, guide="laplace", seed=0, **settings)
+q = torch.tensor(fit.to_inferencedata().posterior["coefficients"].values).flatten()
+figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+axes.hist(q.numpy(), bins=40, density=True, label="draws of Laplace's q")
+axes.plot(slopes.numpy(), density.numpy() / 0.01, label="exact posterior")
+axes.set(xlabel="slope, log odds", ylabel="density")
+axes.legend()
+print(f"mean of q {q.mean():.1f}, of the posterior {means[40.0]:.1f} log odds")
+assert q.mean() < 0.6 * means[40.0]
+```
 
 References
 ----------

@@ -27,11 +27,63 @@ exact. There $u_g$ and $v_n$ are dependent given the rows: where both could expl
 less of the other. A q that takes them for independent, as all guides but `exact` do, has an approximation gap above
 zero. Of other decoders the evidence is an estimate.
 
-What goes wrong: *content in the style*. Nothing but its price keeps a row's latent from saying again what the group's
-says, and a wide $v$ beside a flexible decoder may take over all of it; then $q(u_g)$ falls back on the prior. *Groups
-of one row* cannot tell content from style and are refused unless `allow_single=true` lets them stand among larger
-ones. *Groups of many sizes*: the product of $n$ normals without the prior has $n$ times the precision of one, while
-the posterior's grows as that of the prior plus $n$ times a row's; the encoder can be right for one size alone.
+What goes wrong:
+
+*Content in the style.* Nothing but its price keeps a row's latent from saying again what the group's says: a wide $v$
+beside a flexible decoder may take over all of it, and then $q(u)$ falls back on the prior. It takes over for certain
+where $u$ is too narrow. Here groups differ in two numbers. With one dimension for them the other goes to the style,
+which the rows of a group then share, though the prior says that they do not:
+
+```python
+draw = torch.Generator().manual_seed(0)
+group = torch.arange(100).repeat_interleave(4)
+content = torch.randn(100, 2, generator=draw)[group]
+style, noise = torch.randn(400, 4, generator=draw).split([1, 3], 1)
+x = torch.cat([torch.cat([content, style], 1) + 0.3 * noise, group[:, None]], 1)
+settings = {"decoder": "linear", "steps": 400, "seed": 0, "progress": False}
+alike = {}
+for dim in (1, 2):
+    fit = ez.fit("multi-level-vae", x, group_dim=dim, row_dim=2, **settings)
+    v = fit.transform()[:, dim:].reshape(100, 4, 2)
+    alike[dim] = float(v.mean(1).var(0).sum() / v.var((0, 1)).sum())
+    print(f"group_dim {dim}: {alike[dim]:.0%} of the styles between groups,", end=" ")
+    print(f"log p(x) {fit.log_evidence().value:.0f} nats")
+assert alike[1] > alike[2] + 0.1
+```
+
+*Groups of many sizes.* The product of $n$ normals without the prior has $n$ times the precision of one, while the
+posterior's grows as that of the prior plus $n$ times a row's; the encoder can be right for one size alone. One that has
+learned on pairs is too sure of larger groups:
+
+```python
+tables = {}
+for groups, size in ((200, 2), (50, 20)):
+    names = torch.arange(groups).repeat_interleave(size)
+    shared = 0.7 * torch.randn(groups, 1, generator=draw)[names]
+    rows = shared + torch.randn(groups * size, 2, generator=draw)
+    tables[size] = torch.cat([rows, names[:, None]], 1)
+pairs = {"guide": "product-of-normals", "group_dim": 1, "row_dim": 1, **settings}
+fit = ez.fit("multi-level-vae", tables[2], **pairs)
+gaps = {n: fit.ledger(x).amortization_gap for n, x in tables.items()}
+print(f"amortization gap of groups of 2: {gaps[2] / 200:.3f} nats each,", end=" ")
+print(f"of groups of 20: {gaps[20] / 50:.3f}")
+assert gaps[20] / 50 > 0.1 > 5 * gaps[2] / 200
+```
+
+*Groups of one row* cannot tell content from style and are refused unless `allow_single=true` lets them stand among
+larger ones:
+
+```python
+refused = False
+try:
+    rows = torch.tensor([[1.0, 2, 0], [2, 1, 0], [3, 4, 1]])
+    ez.fit("multi-level-vae", rows, progress=False)
+except ez.InvalidInput as error:
+    refused = True
+    print(error)
+assert refused
+```
+
 Everything that goes wrong for `vae`.
 
 References
@@ -86,7 +138,7 @@ class MultiLevelVAE(GroupEntry):
     Attributes
     ----------
     decoder : nn.Module
-        The network (u, v) (..., Ku + Kv) to y (..., D).
+        W_1, b_1, W_2, b_2: the network (u, v) (..., Ku + Kv) to y (..., D); W and b where it is linear.
     likelihood : RowLikelihood
         p(x given y), with σ, m and s.
     """

@@ -36,8 +36,39 @@ $$
 whatever the data. A mean-field normal guide, which lives on $\mu$ and $\log \tau$, comes to
 $\log \Gamma(a_N) - a_N \log a_N + a_N - \tfrac12 \log 2\pi + \tfrac12 \log(a_N + \tfrac12) \approx 1/(3 a_N)$.
 
-What goes wrong: the prior's spread of the mean is measured in the data's own noise, $1/\sqrt{k_0 \tau}$, so data far
-from $m_0$ on the scale of their noise make the precision look small; state `prior_mean`, or lower `prior_count`.
+What goes wrong:
+
+*A prior far from the data.* The prior's spread of the mean is measured in the data's own noise, $1/\sqrt{k_0 \tau}$, so
+data far from $m_0$ on the scale of their noise make the precision look small; state `prior_mean`, or lower
+`prior_count`. No diagnostic of the bound sees it, since the posterior is exact: only another prior's log p(x) does.
+
+```python
+draw = torch.Generator().manual_seed(0)
+x = 100 + torch.randn(50, 1, generator=draw)
+spreads = {}
+for prior_mean in (0.0, 100.0):
+    settings = {"prior_mean": prior_mean, "progress": False}
+    fit = ez.fit("normal-gamma", x, guide="exact", **settings)
+    spreads[prior_mean] = float(fit.entry.predictive(fit.x).stddev)
+    ledger = fit.ledger()
+    print(f"prior mean {prior_mean:.0f}: the next row ± {spreads[prior_mean]:.1f}")
+    print(f"  gap {abs(ledger.gap):.1f}, log p(x) {ledger.log_evidence:.1f} nats")
+assert spreads[0.0] > 3 * spreads[100.0]
+```
+
+*Few rows under mean-field.* The gap of $q(\mu)\, q(\tau)$ depends on the number of rows alone. It is largest where
+there are few, which is where a posterior is most needed:
+
+```python
+gaps = {}
+for rows in (2, 20, 200):
+    copies = x[:2].repeat(rows // 2, 1)
+    fit = ez.fit("normal-gamma", copies, method="cavi", progress=False)
+    gaps[rows] = fit.log_evidence().value - fit.trajectory.elbo.iloc[-1]
+    formula = 1 / (4 + 2 * rows)
+    print(f"{rows} rows: gap {gaps[rows]:.4f} nats, 1/(4 a_N) = {formula:.4f}")
+assert gaps[2] > 5 * gaps[20] > 25 * gaps[200] > 0
+```
 
 References
 ----------

@@ -12,8 +12,26 @@ With $\lambda = 1/s_0^2 + N/\sigma^2$ the posterior is
 $\mathcal N\bigl((m_0/s_0^2 + \sum_n x_n/\sigma^2)/\lambda,\ 1/\lambda\bigr)$ in each column, and
 $\log p(x) = \log p(x \mid \mu) + \log p(\mu) - \log p(\mu \mid x)$ for any $\mu$.
 
-What goes wrong: nothing is learned here, so a scale far from the data's makes a sharp and wrong posterior
-that no diagnostic of the bound can see: the gap is zero all the same.
+What goes wrong:
+
+*A wrong scale.* Nothing is learned here, so a scale far from the data's makes a sharp and wrong posterior that no
+diagnostic of the bound can see: the gap is zero all the same. The rows below have a standard deviation of 5. Told that
+it is 0.5, the posterior is ten times too narrow and excludes the mean that the rows were drawn about. What gives it
+away is log p(x), beside that of another scale:
+
+```python
+x = 3 + 5 * torch.randn(200, 1, generator=torch.Generator().manual_seed(0))
+evidence, away = {}, {}
+for scale in (0.5, 5.0):
+    fit = ez.fit("normal-mean", x, guide="exact", scale=scale, progress=False)
+    posterior, ledger = fit.entry.posterior(fit.x), fit.ledger()
+    evidence[scale] = ledger.log_evidence
+    mean, deviation = float(posterior.mean), float(posterior.stddev)
+    away[scale] = abs(3 - mean) / deviation
+    print(f"scale {scale}: μ is {mean:.2f} ± {deviation:.2f},", end=" ")
+    print(f"gap {abs(ledger.gap):.1f}, log p(x) {ledger.log_evidence:.0f} nats")
+assert evidence[5.0] > evidence[0.5] + 1000 and away[0.5] > 3 > 2 > away[5.0]
+```
 
 References
 ----------

@@ -15,9 +15,56 @@ the model: no rate is below `floor` events per row. The likelihood in each $\lam
 rate to the floor is the exact maximiser under it and EM stays monotone. The likelihood of counts is bounded: unlike in
 a mixture of normals no component can collapse.
 
-What goes wrong: local maxima (use `restarts`); labels that carry no order, $K!$ names for the same mixture; EM that
-crawls where the regimes overlap; and more components than the data can tell apart, which end with equal rates or
-without rows.
+What goes wrong:
+
+*Local maxima.* Where EM ends depends on where it starts; `restarts` keeps the best of several starts. Counts of ink in
+300 digits, ten components, one start each from six seeds, and then the best of ten:
+
+```python
+x = ez.load_data("digits").x[:300]
+settings = {"method": "em", "components": 10, "progress": False}
+fits = [ez.fit("poisson-mixture", x, restarts=1, seed=s, **settings) for s in range(6)]
+ends = [fit.log_evidence().value for fit in fits]
+best = ez.fit("poisson-mixture", x, restarts=10, seed=0, **settings)
+best = best.log_evidence().value
+print("log p(x) of single starts, nats:", ", ".join(f"{end:.0f}" for end in ends))
+print(f"best of ten: {best:.0f}")
+assert max(ends) - min(ends) > 100 and best > min(ends) + 100
+```
+
+*Regimes that overlap.* EM crawls where the responsibilities are undecided, and the maximum itself may be far from the
+truth:
+
+```python
+draw = torch.Generator().manual_seed(0)
+iterations = {}
+for other in (30, 9, 4):
+    x = torch.poisson(torch.tensor([[3.0], [other]]).repeat(200, 1), generator=draw)
+    settings = {"components": 2, "restarts": 1, "progress": False}
+    fit = ez.fit("poisson-mixture", x, method="em", seed=0, **settings)
+    iterations[other] = len(fit.trajectory)
+    rates = " and ".join(f"{rate:.1f}" for rate in fit.entry.rates.flatten().tolist())
+    print(f"rates 3 and {other}: {iterations[other]} iterations, to {rates} events")
+assert iterations[4] > 3 * iterations[9] > 3 * iterations[30]
+```
+
+*More components than the data can tell apart* end with equal rates or without rows. There is one regime here, and what
+four components add for the rows of the fit is taken from new ones:
+
+```python
+x, new = torch.poisson(torch.full((2100, 3), 5.0), generator=draw).split([100, 2000])
+means = {}
+for components in (1, 4):
+    settings = {"components": components, "restarts": 3, "progress": False}
+    fit = ez.fit("poisson-mixture", x, method="em", seed=0, **settings)
+    means[components] = [float(fit.score_samples(of).mean()) for of in (x, new)]
+    print(f"{components}: log p(x) {means[components][0]:.3f} nats a row,", end=" ")
+    print(f"of new rows {means[components][1]:.3f}")
+print("rates of the four:", *fit.entry.rates.detach().round(decimals=1).tolist())
+assert means[4][0] > means[1][0] + 0.003 and means[4][1] < means[1][1] - 0.003
+```
+
+*Labels carry no order*: there are $K!$ names for the same mixture.
 
 References
 ----------
@@ -76,9 +123,9 @@ class PoissonMixture(MixtureEntry):
     Attributes
     ----------
     weights : PyroParam (K,)
-        π.
+        π, share of each component.
     log_excess : Parameter (K, D)
-        Log of what each rate has above the floor, events per row.
+        λ, rate of each component, events per row, as the log of what it has above the floor.
     """
 
     Options = PoissonMixtureOptions

@@ -14,8 +14,57 @@ $M = I + W^\top W / \sigma^2$. The likelihood is invariant under rotations of $W
 mean-field guide is not: its gap is $\tfrac12 (\sum_i \log M_{ii} - \log\det M)$ nats per datum, and
 vanishes where the columns of $W$ are orthogonal.
 
-What goes wrong: with $K \ge \operatorname{rank}(x)$ the noise vanishes and the likelihood is unbounded; columns in
-different units are weighed by their variance, so standardise them first.
+What goes wrong:
+
+*No noise left.* With $K \ge \operatorname{rank}(x)$ the noise vanishes and the likelihood is unbounded. The rank is
+that of the centred rows, so a column that is the sum of others counts for nothing:
+
+```python
+x = ez.load_data("iris").x
+refused = False
+try:
+    total = x.sum(1, keepdim=True)
+    ez.fit("ppca", torch.cat([x, total], 1), latent_dim=4, progress=False)
+except ez.InvalidInput as error:
+    refused = True
+    print(error)
+assert refused
+```
+
+*Columns in different units* are weighed by their variance, so standardise them first. In the raw wine table the first
+direction is little else than the column of the largest numbers:
+
+```python
+shares = {}
+for name in ("wine", "wine-standardised"):
+    fit = ez.fit("ppca", name, method="closed-form", latent_dim=1, progress=False)
+    weight = fit.entry.loading.detach()[:, 0].square()
+    shares[name] = float(weight.max() / weight.sum())
+    column = fit.entry.names[int(weight.argmax())]
+    print(f"{name}: {column} has {shares[name]:.1%} of the direction")
+assert shares["wine"] > 0.99 and shares["wine-standardised"] < 0.3
+```
+
+*A rotation that mean-field sees.* The likelihood cannot tell $W$ from $W R$, so a maximum of it is a whole sphere, and
+loadings are not to be read column by column. A q with independent dimensions can tell: at the same log p(x) its best
+bound falls as $W$ turns away from orthogonal columns, by the formula above.
+
+```python
+wine = ez.load_data("wine-standardised").x
+fit = ez.fit("ppca", wine, method="closed-form", progress=False)
+loading, variance = fit.entry.loading.detach().clone(), fit.entry.variance[0].detach()
+evidence, gaps = [], []
+for cos, sin in ((1.0, 0.0), (0.8, 0.6), (0.5**0.5, 0.5**0.5)):
+    turned = loading @ torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
+    fit.entry.loading.data = turned
+    m = torch.eye(2) + turned.T @ turned / variance
+    least = 0.5 * (m.diagonal().log().sum() - m.logdet())
+    gaps.append(float(least) * len(wine))
+    evidence.append(fit.log_evidence().value)
+    print(f"log p(x) {evidence[-1]:.2f} nats,", end=" ")
+    print(f"least gap of mean-field {gaps[-1]:.2f} nats")
+assert max(evidence) - min(evidence) < 1e-6 and gaps[0] < 1e-6 < gaps[1] < gaps[2]
+```
 
 References
 ----------
@@ -64,11 +113,11 @@ class PPCA(Entry):
     Attributes
     ----------
     loading : Parameter (D, K)
-        W.
+        W, the loadings.
     loc : Parameter (D,)
-        μ.
+        μ, mean of each column.
     noise_scale : PyroParam ()
-        σ, a standard deviation.
+        σ, standard deviation of the noise.
     """
 
     Options = PPCAOptions

@@ -32,18 +32,66 @@ multinomial coefficient $T!\, /\, \prod_v x_v!$, the number of texts with the sa
 which is what a perplexity is made of, lacks it: subtract `log_coefficient(x)` from log p(x) before comparing. With two
 topics the evidence is an integral over a plane, which quadrature does.
 
-What goes wrong: *component collapse*, where all topics become the corpus's mean and q the prior. Early in training
-topics hardly differ, so that θ says nothing and what it costs is saved; then nothing drives the topics apart.
-Srivastava & Sutton answer with batch normalisation, dropout and a high learning rate. A decoder with batch
-normalisation has no density of one document, so that its ELBO bounds nothing; here topics start apart instead, each
-from documents of its own, and the learning rate of 0.01 is already high. *Long documents*: their posterior is sharp,
-since it narrows with the root of $T$, so that an encoder has to be precise; `semi-amortized` refines it. *Documents of
-very different lengths*: in units of the standard deviation of the counts long ones lie far out, and an encoder that
-sees those may end at numbers that are not finite. So encoders see $\log(1 + x)$ here, with `encoder_input=values` the
-counts themselves. *Topics by number*: no topic is the first, so that two fits
-agree up to an order; a matching, such as by SciPy's `linear_sum_assignment`, comes before a comparison. *Products are
-not parts*: under `product` a document of two topics emphasises the words that both like, so that `topic_words` says
-what a document of that topic alone has, not what the topic adds.
+What goes wrong:
+
+*Component collapse*, where all topics become the corpus's mean and q the prior. Early in training topics hardly differ,
+so that θ says nothing and what it costs is saved; then nothing drives the topics apart. Srivastava & Sutton answer with
+batch normalisation, dropout and a high learning rate. A decoder with batch normalisation has no density of one
+document, so that its ELBO bounds nothing; here topics start apart instead, each from documents of its own, and the
+learning rate of 0.01 is already high.
+
+*Long documents*: their posterior is sharp, since it narrows with the root of $T$, so that an encoder has to be precise;
+`semi-amortized` refines it. The same documents, with every word once and a hundred times:
+
+```python
+x = ez.load_data("simulate:product-lda", rows=100, seed=0).x
+settings = {"guide": "amortized", "steps": 300, "seed": 0, "progress": False}
+gaps = {}
+for times in (1, 100):
+    fit = ez.fit("product-lda", times * x, topics=2, **settings)
+    gaps[times] = fit.ledger().amortization_gap / len(x)
+    print(f"{times} times: amortization gap {gaps[times]:.2f} nats a document")
+assert gaps[100] > 5 * gaps[1]
+```
+
+*Documents of very different lengths*: in units of the standard deviation of the counts long ones lie far out, and an
+encoder that sees those may end at numbers that are not finite. So encoders see $\log(1 + x)$ here, with
+`encoder_input=values` the counts themselves:
+
+```python
+torch.manual_seed(0)
+words = torch.distributions.Dirichlet(torch.full((3, 20), 0.2)).sample()
+share = torch.distributions.Dirichlet(torch.full((200, 3), 0.3)).sample()
+lengths = [20000] * 10 + [20] * 190
+texts = zip(lengths, share @ words)
+x = torch.stack([torch.distributions.Multinomial(n, p).sample() for n, p in texts])
+bounds = {}
+for seen in ("log1p", "values"):
+    fit = ez.fit("product-lda", x, topics=3, encoder_input=seen, **settings)
+    bounds[seen] = fit.elbo() / 200
+    print(f"encoder sees {seen}: ELBO {bounds[seen]:.2f} nats a document")
+assert bounds["log1p"] > bounds["values"] + 0.1
+```
+
+*Topics by number*: no topic is the first, so that two fits agree up to an order; a matching, such as by SciPy's
+`linear_sum_assignment`, comes before a comparison.
+
+```python
+from scipy.optimize import linear_sum_assignment
+
+x = torch.distributions.Multinomial(60, share @ words).sample()
+options = {"guide": "amortized", "topics": 3, "steps": 300, "progress": False}
+fits = [ez.fit("product-lda", x, seed=seed, **options) for seed in (0, 1)]
+one, other = (fit.entry.topic_words() for fit in fits)
+distances = (one[:, None] - other).abs().sum(-1) / 2
+order = linear_sum_assignment(distances)[1]
+by_number, matched = distances.diagonal().mean(), distances[range(3), order].mean()
+print(f"distance of topics, 0 to 1: by number {by_number:.2f}, matched {matched:.2f}")
+assert matched < 0.1
+```
+
+*Products are not parts*: under `product` a document of two topics emphasises the words that both like, so that
+`topic_words` says what a document of that topic alone has, not what the topic adds.
 
 References
 ----------
@@ -107,9 +155,9 @@ class ProductLDA(Entry):
     Attributes
     ----------
     word_logits : Parameter (K, V)
-        β: the words of topic k have probabilities softmax(β_k).
+        β, of which the words of topic k have probabilities softmax(β_k).
     mean_length : buffer ()
-        Mean number of words in a document, for simulation; no part of θ.
+        m, mean number of words in a document, for simulation; no part of θ.
     """
 
     Options = ProductLDAOptions

@@ -30,12 +30,58 @@ integral over a line or a plane, which quadrature does to many digits with an er
 converges faster than any power of its spacing for smooth integrands, hence the default `activation = tanh`; `relu` has
 kinks and costs more nodes for fewer digits.
 
-What goes wrong: *posterior collapse*, where latent dimensions are left unused, so that $q(z \mid x)$ is the prior,
-because a local maximum of the ELBO says so or because the noise explains the rest
-(Lucas et al. 2019, under `ppca`). *Unbounded likelihood*: a decoder that passes through every datum wants
-$\sigma = 0$; `noise_floor` bounds it, and is part of the model. A fit whose `noise_scale` sits at the floor has
-memorised its data. *Sharp posteriors*: their width is of the order of $\sigma$, so a small noise makes q harder to
-learn and the integral harder to do.
+What goes wrong:
+
+*Posterior collapse*, where latent dimensions are left unused, so that $q(z \mid x)$ is the prior, because a local
+maximum of the ELBO says so or because the noise explains the rest (Lucas et al. 2019, under `ppca`). A dimension that
+is used has means of q that differ from row to row; one that is not has the mean 0 for every row:
+
+```python
+settings = {"guide": "amortized", "likelihood": "normal", "seed": 0, "progress": False}
+fit = ez.fit("vae", "wine-standardised", latent_dim=8, hidden=16, steps=400, **settings)
+spread = fit.transform().var(0).sort(descending=True).values
+figure, axes = plt.subplots(figsize=(5, 2.5), layout="constrained")
+axes.bar(range(1, 9), spread.tolist())
+axes.set(xlabel="latent dimension", ylabel="variance of the means of q")
+used = int((spread > 0.01).sum())
+print(f"used: {used} of 8 dimensions")
+assert 2 <= used <= 7
+```
+
+*Unbounded likelihood*: a decoder that passes through every datum wants $\sigma = 0$; `noise_floor` bounds it, and is
+part of the model. A fit whose `noise_scale` sits at the floor has memorised its data, and new rows are what it cannot
+explain:
+
+```python
+draw = torch.Generator().manual_seed(0)
+z = torch.randn(80, 2, generator=draw)
+rows = torch.cat([z.sin(), z.prod(1, keepdim=True), z], 1)
+x, new = (rows + 0.3 * torch.randn(80, 5, generator=draw)).split([20, 60])
+means = {}
+for floor in (0.01, 0.3):
+    fit = ez.fit("vae", x, noise_floor=floor, hidden=32, steps=600, **settings)
+    means[floor] = [float(fit.score_samples(of).mean()) for of in (x, new)]
+    noise = float(fit.entry.likelihood.noise_scale.detach())
+    print(f"floor {floor}: σ {noise:.3f},", end=" ")
+    print(f"log p(x) {means[floor][0]:.1f} nats a row,", end=" ")
+    print(f"of new rows {means[floor][1]:.1f}")
+assert means[0.01][0] > means[0.3][0] + 3 and means[0.01][1] < means[0.3][1] - 10
+```
+
+*Sharp posteriors*: their width is of the order of $\sigma$, so a small noise makes q harder to learn and the integral
+harder to do. The same curve, seen through more noise and through less:
+
+```python
+z = torch.randn(100, 1, generator=draw)
+curve = torch.cat([z, z.sin(), z.cos()], 1)
+noise = torch.randn(100, 3, generator=draw)
+gaps, small = {}, {"hidden": 16, "steps": 600}
+for scale in (0.2, 0.02):
+    fit = ez.fit("vae", curve + scale * noise, latent_dim=1, **small, **settings)
+    gaps[scale] = (fit.log_evidence().value - fit.elbo()) / 100
+    print(f"noise {scale}: gap {gaps[scale]:.3f} nats a row")
+assert gaps[0.02] > 2 * gaps[0.2]
+```
 
 References
 ----------
@@ -127,7 +173,7 @@ class VAE(Entry):
     Attributes
     ----------
     decoder : nn.Sequential or ConvDecoder
-        The network z (..., K) to y (..., D), or to (..., D * L) under ``likelihood=categorical``.
+        W_1, b_1, W_2, b_2: the network z (..., K) to y (..., D), or to (..., D * L) under ``likelihood=categorical``.
     likelihood : RowLikelihood
         p(x given y), with σ, m and s under ``likelihood=normal``.
     """

@@ -111,7 +111,10 @@ def test_wheel_holds_real_files(tmp_path: Path) -> None:
     for home in LINKED:
         for path in (ROOT / home).rglob("*.py"):
             assert packed[f"elbozoo/{path.relative_to(ROOT)}"] == path.read_bytes()
-    assert "elbozoo/py.typed" in packed
+    # What is not Python too, such as the scripts of a report.
+    own = [path for path in (ROOT / "elbozoo").rglob("*.*") if path.is_file() and path.suffix != ".pyc"]
+    assert {"py.typed", "report.js"} <= {path.name for path in own}
+    assert all(packed[path.relative_to(ROOT).as_posix()] == path.read_bytes() for path in own)
     assert {name.partition("/")[0] for name in packed} == {"elbozoo", f"elbozoo-{PROJECT['version']}.dist-info"}
 
 

@@ -30,9 +30,39 @@ class Batch(NamedTuple):
 
     @classmethod
     def full(cls, x: Tensor) -> Batch:
-        """Return the whole data set ``x`` (N, D) as one batch."""
+        """Return a whole data set as one batch.
+
+        Parameters
+        ----------
+        x : Tensor (N, D)
+            All rows.
+
+        Returns
+        -------
+        Batch
+            With the positions 0 to N - 1.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from elbozoo.models import Batch
+        >>> batch = Batch.full(torch.zeros(5, 2)).rows(1, 3)
+        >>> batch.index.tolist(), batch.total
+        ([1, 2], 5)
+        """
         return cls(x, torch.arange(len(x), device=x.device), len(x))
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Return rows ``start:stop`` of this batch; ``total`` stays the size of the data set."""
+        """Return some rows of this batch; ``total`` stays the size of the data set.
+
+        Parameters
+        ----------
+        start, stop : int
+            First of the rows, and the one after the last, counted within this batch.
+
+        Returns
+        -------
+        Batch
+            B = stop - start rows.
+        """
         return Batch(self.x[start:stop], self.index[start:stop], self.total)

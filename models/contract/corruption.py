@@ -50,8 +50,14 @@ class Corruption(nn.Module):
 
     Attributes
     ----------
-    spread, blank, least, largest : buffers (D,)
-        s, the blank value, a and b, of the rows that the entry was started on; constant columns have s = 0.
+    spread : buffer (D,)
+        s, standard deviation of each column of the rows that the entry was started on; 0 where it is constant.
+    blank : buffer (D,)
+        m, what a blank cell holds: the mean of its column, or 0 where the cells are zeros and ones.
+    least : buffer (D,)
+        a, least value of each column.
+    largest : buffer (D,)
+        b, largest value of each column.
     """
 
     spread: Tensor

@@ -31,6 +31,13 @@ class Entry(PyroModule):
     ``forward``. Whatever else it can do is derived from the optional methods that it defines, see
     :func:`capabilities`.
 
+    Parameters
+    ----------
+    options : Options
+        Validated options, those of the class attribute ``Options``.
+    columns : int
+        Number D of columns of the data.
+
     Attributes
     ----------
     Options : type
@@ -80,22 +87,47 @@ class Entry(PyroModule):
 
     @classmethod
     def name(cls) -> str:
-        """Name of the entry: its file's name with dashes."""
+        """Name of the entry: its file's name with dashes.
+
+        Returns
+        -------
+        str
+            Such as ``"gaussian-mixture"``.
+        """
         return cls.__module__.rpartition(".")[2].replace("_", "-")
 
     @classmethod
     def summary(cls) -> str:
-        """One line that says what the entry is: the first line of its page."""
+        """One line that says what the entry is: the first line of its page.
+
+        Returns
+        -------
+        str
+            Without the full stop.
+        """
         return cls.page().partition("\n")[0].rstrip(".")
 
     @classmethod
     def page(cls) -> str:
-        """The entry's page: story, equations and references, from its file's docstring (Markdown)."""
+        """The entry's page: story, equations and references, from its file's docstring (Markdown).
+
+        Returns
+        -------
+        str
+            Markdown with formulas between dollars.
+        """
         return inspect.getdoc(inspect.getmodule(cls)) or ""
 
     @classmethod
     def check_data(cls, x: Tensor, options: Any) -> None:
         """Refuse data that this entry cannot be fitted to.
+
+        Parameters
+        ----------
+        x : Tensor (N, D)
+            Data, arranged.
+        options : Options
+            Validated options of the entry.
 
         Raises
         ------
@@ -105,20 +137,54 @@ class Entry(PyroModule):
 
     @classmethod
     def arrange(cls, x: Tensor, options: Any) -> Tensor:
-        """Return the rows of a table (N, D) in the form that the program takes; as they are unless an entry differs.
+        """Put the rows of a table into the form that the program takes; they stay as they are unless an entry differs.
 
         What is arranged already comes back unchanged.
+
+        Parameters
+        ----------
+        x : Tensor (N, D)
+            Rows of a table.
+        options : Options
+            Validated options of the entry, which may name columns.
+
+        Returns
+        -------
+        Tensor
+            (N, D) unless an entry differs.
         """
         return x
 
     @classmethod
     def width(cls, x: Tensor) -> int:
-        """Return the number of columns that arranged data stand for."""
+        """Return the number of columns that arranged data stand for.
+
+        Parameters
+        ----------
+        x : Tensor
+            Data, arranged.
+
+        Returns
+        -------
+        int
+            Number D.
+        """
         return x.shape[-1]
 
     @classmethod
     def count(cls, x: Tensor) -> int:
-        """Return the number of rows of the table that arranged data came from."""
+        """Return the number of rows of the table that arranged data came from.
+
+        Parameters
+        ----------
+        x : Tensor
+            Data, arranged.
+
+        Returns
+        -------
+        int
+            Number N.
+        """
         return len(x)
 
     @classmethod
@@ -135,6 +201,11 @@ class Entry(PyroModule):
             Names of the columns; x0, x1, ... by default.
         **options
             Options of the entry. Those that name a column take its name or its position.
+
+        Returns
+        -------
+        Entry
+            With starting values and the names of its columns, in its own dtype.
 
         Raises
         ------
@@ -153,7 +224,35 @@ class Entry(PyroModule):
 
     @classmethod
     def example(cls, columns: int | None = None, *, seed: int = 0, **options: Any) -> Self:
-        """Build the entry with parameters drawn at random, to simulate data from."""
+        """Build the entry with parameters drawn at random, to simulate data from.
+
+        Parameters
+        ----------
+        columns : int, optional
+            Number D of columns; the class attribute ``example_columns`` by default.
+        seed : int
+            Seed of the parameters.
+        **options
+            Options of the entry.
+
+        Returns
+        -------
+        Entry
+            In its own dtype.
+
+        Raises
+        ------
+        InvalidInput
+            For options that do not fit this entry.
+
+        Examples
+        --------
+        >>> from elbozoo.models import get_entry
+        >>> entry = get_entry("ppca").example(columns=3, latent_dim=1)
+        >>> x, z = entry.simulate(4, seed=0)
+        >>> tuple(x.shape), tuple(z.shape)
+        ((4, 3), (4, 1))
+        """
         columns = columns or cls.example_columns
         parsed = cls.Options.parse(options).at_positions(default_names(columns))
         with isolated(seed):
@@ -167,13 +266,27 @@ class Entry(PyroModule):
         return self.table_names
 
     def key_columns(self) -> dict[str, ColumnRole]:
-        """Return the columns of the table that hold labels, by name, with their roles."""
+        """Return the columns of the table that hold labels, by name, with their roles.
+
+        Returns
+        -------
+        dict of ColumnRole
+            By name of the column; empty where no column holds labels.
+        """
         roles = type(self.options).column_roles()
         named = self.options.columns_named()
         return {self.table_names[c]: roles[o] for o, c in named.items() if roles[o].is_key}  # type: ignore[index]
 
     def initialize(self, x: Tensor, restart: int = 0) -> None:
-        """Set the starting values of θ for the rows ``x`` (N, D); ``restart`` counts the attempts from 0."""
+        """Set the starting values of θ for some rows.
+
+        Parameters
+        ----------
+        x : Tensor (N, D)
+            Rows, arranged, in the dtype of the entry.
+        restart : int
+            Attempt, counted from 0; a later one starts elsewhere.
+        """
         raise NotImplementedError(f"{type(self).__name__} gives no starting values; define initialize(x, restart)")
 
     def randomize(self) -> None:
@@ -181,46 +294,151 @@ class Entry(PyroModule):
         raise NotImplementedError(f"{type(self).__name__} cannot draw its parameters; define randomize()")
 
     def forward(self, batch: Batch) -> Tensor:
-        """Run the generative program on ``batch``; the observed site is ``"x"``."""
+        """Run the generative program on a batch; the observed site is ``"x"``.
+
+        Parameters
+        ----------
+        batch : Batch
+            Rows with their positions in the data set.
+
+        Returns
+        -------
+        Tensor (B, D)
+            Value of the observed site.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no program; define forward(batch)")
 
     def latent_sites(self, x: Tensor | None = None) -> list[LatentSite]:
-        """Return the latent sites of the program, read off its trace on ``x``, or on two rows of its own."""
+        """Return the latent sites of the program, read off its trace.
+
+        Parameters
+        ----------
+        x : Tensor, optional
+            Data, arranged; two rows that the entry simulates by default.
+
+        Returns
+        -------
+        list of LatentSite
+            In the order in which the program samples them: name, shape, support, and whether each row has its own.
+        """
         if x is None:
             return latent_sites(self, Batch.full(self.simulate(2, seed=0)[0]))
         return latent_sites(self, Batch.full(x)._replace(x=x[:2], index=torch.arange(min(2, len(x)))))
 
     def guide_refusal(self, family: str, source: str) -> str | None:
-        """Say why local guides of ``family`` and ``source`` do not suit this program, or return None."""
+        """Say why local guides of a family and a source do not suit this program, or return None.
+
+        Parameters
+        ----------
+        family : str
+            Family of a local guide, such as ``"diagonal-normal"``.
+        source : str
+            Where the parameters of q come from, such as ``"amortized"``.
+
+        Returns
+        -------
+        str or None
+            The reason, which completes the sentence "guide G does not fit M: ...".
+        """
         return None
 
     def elements(self, x: Tensor) -> int:
-        """Return how many numbers the program holds for one draw of one datum, by which chunks are sized."""
+        """Return how many numbers the program holds for one draw of one datum, by which chunks are sized.
+
+        Parameters
+        ----------
+        x : Tensor
+            Data, arranged.
+
+        Returns
+        -------
+        int
+            At least 1.
+        """
         return max(1, x[0].numel())
 
     def template(self, n: int) -> Tensor:
-        """Return ``n`` rows to simulate on: zeros, with whatever is conditioned on filled in."""
+        """Return rows to simulate on: zeros, with whatever is conditioned on filled in.
+
+        Parameters
+        ----------
+        n : int
+            Number of rows.
+
+        Returns
+        -------
+        Tensor (n, D)
+            In the dtype and on the device of the parameters.
+        """
         parameter = next(self.parameters(), torch.empty(0, dtype=self.dtype))
         return torch.zeros(n, self.columns, dtype=parameter.dtype, device=parameter.device)
 
     def complete(self, template: Tensor, observed: Tensor) -> Tensor:
-        """Return the rows of ``template`` with the value of the observed site put in its place."""
+        """Return the rows of ``template`` with the value of the observed site put in its place.
+
+        Parameters
+        ----------
+        template : Tensor (n, D)
+            What :meth:`template` returned.
+        observed : Tensor
+            Value of the observed site.
+
+        Returns
+        -------
+        Tensor (n, D)
+            Whole rows.
+        """
         return observed
 
     def starting_latents(self, x: Tensor) -> dict[str, Tensor]:
-        """Return values of global latents at which gradient methods and samplers start; none by default."""
+        """Return values of global latents at which gradient methods and samplers start; none by default.
+
+        Parameters
+        ----------
+        x : Tensor
+            Data, arranged.
+
+        Returns
+        -------
+        dict of Tensor
+            Values by site, of the shape of one draw.
+        """
         return {}
 
     def constant_data(self, x: Tensor) -> dict[str, Tensor]:
-        """Return what the program conditions on, such as covariates, by name."""
+        """Return what the program conditions on, such as covariates, by name.
+
+        Parameters
+        ----------
+        x : Tensor
+            Data, arranged.
+
+        Returns
+        -------
+        dict of Tensor
+            Empty where the program conditions on nothing.
+        """
         return {}
 
     def coords(self) -> dict[str, Sequence[Any]]:
-        """Return labels of the dimensions in ``site_dims``, where they have some."""
+        """Return labels of the dimensions in ``site_dims``, where they have some.
+
+        Returns
+        -------
+        dict of sequence
+            Labels by name of the dimension.
+        """
         return {}
 
     def simulate(self, n: int, seed: int) -> tuple[Tensor, Tensor | dict[str, Tensor]]:
-        """Draw ``n`` rows from the program at the present θ.
+        """Draw rows from the program at the present θ.
+
+        Parameters
+        ----------
+        n : int
+            Number of rows.
+        seed : int
+            Seed of latents and rows.
 
         Returns
         -------
@@ -228,12 +446,32 @@ class Entry(PyroModule):
             Observations.
         z : Tensor, or dict of Tensor by site where there are several
             The latents they were drawn from.
+
+        Raises
+        ------
+        InvalidInput
+            For a program without the observed site ``"x"``.
         """
         with isolated(seed), torch.no_grad(), pyro.validation_enabled(False):
             return self._simulate(self.template(n))
 
     def simulate_table(self, n: int, seed: int) -> tuple[Tensor, Tensor | None]:
-        """Draw a table of ``n`` rows, with the class of each row where the latents are one class per row."""
+        """Draw a table of rows, with the class of each row where the latents are one class per row.
+
+        Parameters
+        ----------
+        n : int
+            Number of rows.
+        seed : int
+            Seed of latents and rows.
+
+        Returns
+        -------
+        x : Tensor (n, D)
+            The rows.
+        labels : Tensor (n,) of int64, or None
+            Their classes.
+        """
         x, z = self.simulate(n, seed)
         is_class = isinstance(z, Tensor) and z.shape == (n,) and not z.is_floating_point()
         return x, z.long() if isinstance(z, Tensor) and is_class else None
@@ -452,7 +690,24 @@ def supports_cubature(entry: Entry, x: Tensor | None = None) -> bool:
 
 
 def capabilities(entry: Entry) -> list[str]:
-    """Return the names of what ``entry`` can do, derived from the methods that it has."""
+    """Return the names of what ``entry`` can do, derived from the methods that it has.
+
+    Parameters
+    ----------
+    entry : Entry
+        An entry with its θ; what it can do may depend on its options.
+
+    Returns
+    -------
+    list of str
+        Of ``oracle``, ``posterior``, ``predictive``, ``EM``, ``CAVI``, ``closed form``, ``quadrature``, ``simulation``.
+
+    Examples
+    --------
+    >>> from elbozoo.models import capabilities, get_entry
+    >>> capabilities(get_entry("vae").example(latent_dim=2))
+    ['quadrature', 'simulation']
+    """
     return [name for name, has in CAPABILITIES.items() if has(entry)]
 
 

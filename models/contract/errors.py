@@ -10,6 +10,11 @@ class InvalidInput(ValueError):
     """A mistake in what the user asked for or brought; its message is one line.
 
     The command line turns it into that line on standard error and exit status 2.
+
+    Parameters
+    ----------
+    message : str
+        What was found, what was expected, and what to do; all after its first line is dropped.
     """
 
     def __init__(self, message: str) -> None:

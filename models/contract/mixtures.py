@@ -66,7 +66,7 @@ class MixtureEntry(Entry):
     Attributes
     ----------
     weights : PyroParam (K,)
-        π.
+        π, share of each component.
     """
 
     options: MixtureOptions

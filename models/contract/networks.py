@@ -68,9 +68,12 @@ class RowLikelihood(nn.Module):
     is_binary, has_noise : bool
         Whether columns are zeros and ones; whether they are numbers with a noise scale.
     log_excess : Parameter ()
-        Log of what σ has above ``noise_floor``; only under ``likelihood=normal``.
-    location, unit : buffers (D,)
-        m and s.
+        σ, noise scale as a share of each column's standard deviation, as the log of what it has above ``noise_floor``;
+        only under ``likelihood=normal``.
+    location : buffer (D,)
+        m, mean of each column of the data; no part of θ.
+    unit : buffer (D,)
+        s, standard deviation of each column of the data; no part of θ.
     """
 
     location: Tensor

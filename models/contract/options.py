@@ -43,7 +43,17 @@ class Options(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """Validate ``values``; strings as they come from a command line are converted.
+        """Validate values by name; strings as they come from a command line are converted.
+
+        Parameters
+        ----------
+        values : mapping
+            Values by name of the option.
+
+        Returns
+        -------
+        Options
+            Of the class that was asked, with defaults for what was not given.
 
         Raises
         ------
@@ -59,7 +69,17 @@ class Options(BaseModel):
             raise InvalidInput(_one_line(cls, error)) from None
 
     def at_positions(self, names: Sequence[str]) -> Self:
-        """Return the options with every column that is named replaced by its position among ``names``.
+        """Return the options with every column that is named replaced by its position.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Names of the columns of the data.
+
+        Returns
+        -------
+        Options
+            A copy.
 
         Raises
         ------
@@ -77,19 +97,37 @@ class Options(BaseModel):
         return self.model_copy(update=found)
 
     def columns_named(self) -> dict[str, int | str]:
-        """Return the columns that the options name, by option."""
+        """Return the columns that the options name, by option.
+
+        Returns
+        -------
+        dict of int or str
+            By option: a position or a name.
+        """
         roles = type(self).column_roles()
         return {option: getattr(self, option) for option in roles if getattr(self, option) is not None}
 
     @classmethod
     def column_roles(cls) -> dict[str, ColumnRole]:
-        """Return the options that name columns, with what those hold."""
+        """Return the options that name columns, with what those hold.
+
+        Returns
+        -------
+        dict of ColumnRole
+            By option.
+        """
         roles = {name: _role(field) for name, field in cls.model_fields.items()}
         return {name: role for name, role in roles.items() if role is not None}
 
     @classmethod
     def describe(cls) -> list[dict[str, Any]]:
-        """Return name, type, default, bounds and description of each option, as plain values."""
+        """Return name, type, default, bounds and description of each option, as plain values.
+
+        Returns
+        -------
+        list of dict
+            With the keys ``option``, ``type``, ``default``, ``bounds`` and ``description``.
+        """
         return [
             {
                 "option": name,

@@ -19,7 +19,19 @@ FOLDER = Path(__file__).resolve().parent.parent
 
 
 def entry_names() -> list[str]:
-    """Return the names of all entries, sorted; reads the folder and imports nothing."""
+    """Return the names of all entries, sorted; reads the folder and imports nothing.
+
+    Returns
+    -------
+    list of str
+        Names of the files with dashes, such as ``"gaussian-mixture"``.
+
+    Examples
+    --------
+    >>> from elbozoo.models import entry_names
+    >>> "ppca" in entry_names()
+    True
+    """
     modules = (m.name for m in pkgutil.iter_modules([str(FOLDER)]) if not m.ispkg)
     return sorted(name.replace("_", "-") for name in modules)
 
@@ -28,12 +40,28 @@ def entry_names() -> list[str]:
 def get_entry(name: str) -> type[Entry]:
     """Return the entry class called ``name``.
 
+    Parameters
+    ----------
+    name : str
+        Name of the entry, as :func:`entry_names` lists it.
+
+    Returns
+    -------
+    type
+        A subclass of :class:`Entry`; the same one for the same name.
+
     Raises
     ------
     InvalidInput
         For an unknown name, with close matches.
     ImportError
         If the entry's file does not hold exactly one entry of the file's name.
+
+    Examples
+    --------
+    >>> from elbozoo.models import get_entry
+    >>> get_entry("ppca").__name__
+    'PPCA'
     """
     if name not in entry_names():
         raise unknown_name("model", name, entry_names())
@@ -62,7 +90,23 @@ def entry_of(module_name: str, namespace: dict[str, object]) -> type[Entry]:
 
 
 def list_models() -> pd.DataFrame:
-    """Return a table of all entries: name, summary, latent variable, capabilities."""
+    """Return a table of all entries: name, summary, latent variable, capabilities.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by ``model``, with ``summary``, ``latent`` (local or global, continuous or discrete) and
+        ``capabilities``.
+
+    Examples
+    --------
+    >>> import elbozoo as ez
+    >>> models = ez.list_models()
+    >>> models.loc["gaussian-mixture", "latent"]
+    'local discrete'
+    >>> models.loc["ppca", "capabilities"]
+    'oracle, posterior, EM, closed form, quadrature, simulation'
+    """
     rows = []
     for name in entry_names():
         entry = get_entry(name)

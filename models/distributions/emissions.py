@@ -96,11 +96,11 @@ class NormalEmission(nn.Module):
     Attributes
     ----------
     means : Parameter (K, D)
-        μ.
+        μ, mean in each state.
     factor : Parameter (K, D) or (K, D, D)
-        Unconstrained factor of the covariances, see ``models/numerics/covariances.py``.
+        Σ, covariance in each state, as its unconstrained factor, see ``models/numerics/covariances.py``.
     unit : buffer (D,)
-        Standard deviation of each column of the data; the floor is measured in it.
+        s, standard deviation of each column of the data, in which the floor is measured; no part of θ.
     """
 
     unit: Tensor
@@ -209,7 +209,7 @@ class PoissonEmission(nn.Module):
     Attributes
     ----------
     log_rates : Parameter (K, D)
-        Log of the expected count of a step.
+        λ, expected count of a step in each state, as its logarithm.
     """
 
     collapse = f"fewer than {LEAST_STEPS} expected steps"
@@ -278,7 +278,7 @@ class CategoricalEmission(nn.Module):
     Attributes
     ----------
     logits : Parameter (K, C)
-        Unnormalised log probability of each code.
+        p, probability of each code in each state, as an unnormalised logarithm.
     """
 
     collapse = f"fewer than {LEAST_STEPS} expected steps"

@@ -19,7 +19,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from elbozoo import plots
+from elbozoo import plots, series
 from elbozoo.data import load_data
 from elbozoo.inference.comparison import Comparison, run_comparison
 
@@ -227,7 +227,7 @@ def test_curves_show_steps_and_cumulated_seconds(ppca: Comparison) -> None:
 
 def test_elbo_is_averaged_over_a_growing_window(ppca: Comparison) -> None:
     raw = ppca.fits[2].trajectory["elbo"].to_numpy() / 150
-    reach = [int(plots.SMOOTHING * t) for t in range(len(raw))]
+    reach = [int(series.SMOOTHING * t) for t in range(len(raw))]
     expected = [raw[t - r : t + r + 1].mean() for t, r in enumerate(reach)]
     drawn = np.asarray(curve_lines(plots.curves(ppca), ppca, "amortized", "-")[0].get_ydata())
     assert np.abs(drawn - expected).max() < 1e-9
@@ -316,7 +316,7 @@ def test_long_lines_are_thinned_but_keep_their_ends(ppca: Comparison) -> None:
     one = replace(ppca, fits=[replace(ppca.fits[2], trajectory=long)], table=ppca.table.iloc[2:3])
     (line,) = curve_lines(plots.curves(one), one, "amortized", "-")
     x = np.asarray(line.get_xdata())
-    assert len(x) < 3 * plots.DRAWN_POINTS
+    assert len(x) < 3 * series.DRAWN_POINTS
     assert (x[0], x[-1]) == (1, n)
     assert np.diff(x).min() > 0
 

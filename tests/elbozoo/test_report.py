@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import math
 import re
 import shlex
@@ -21,11 +23,14 @@ from elbozoo.inference.tasks import Failure
 from elbozoo.models.contract.entry import Program
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.options import Options
+from elbozoo.report import markup
+from elbozoo.report import page as page_module
 
 IRIS = load_data("iris")
 METHODS = ["closed-form", "amortized", "mean-field", "free-delta"]
 HOSTILE = """<script>alert("1")</script> & 'x' $\\frac$ <img src=https://evil.example/a.png>"""
 VOID = {"meta", "link", "img", "br", "hr", "input"}
+OWN_SCRIPTS = {page_module._asset(name) for name in ("plotly-basic.min.js", "sortable.auto.min.js", "report.js")}
 LOADS = {"src", "href", "srcset", "action", "formaction", "poster", "data", "background", "cite", "ping", "style"}
 
 
@@ -38,6 +43,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str, str]] = []
         self.words: list[str] = []
         self.styles = ""
+        self.scripts: list[str] = []
         self.open: list[str] = []
         self.feed(html)
         self.close()
@@ -45,6 +51,10 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
+        # Data that a script reads is none.
+        self.in_script = tag == "script" and ("type", "application/json") not in attrs
+        if self.in_script:
+            self.scripts.append("")
         self.attributes += [(tag, name, value or "") for name, value in attrs]
         if tag not in VOID:
             self.open.append(tag)
@@ -56,6 +66,9 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open[-1:] == ["style"]:
             self.styles += data
+        elif self.open[-1:] == ["script"]:
+            if self.in_script:
+                self.scripts[-1] += data
         else:
             self.words.append(data)
 
@@ -72,8 +85,8 @@ def network_references(html: str) -> list[str]:
     page = Page(html)
     found = [f"{name}={value[:60]}" for _, name, value in page.attributes if name in LOADS and "//" in value[:200]]
     found += re.findall(r"url\([^)]*\)|@import[^;]*", page.styles)
-    found += [tag for tag in ("script", "iframe", "object", "embed", "base") if page.tags[tag]]
-    return found
+    found += [tag for tag in ("iframe", "object", "embed", "base") if page.tags[tag]]
+    return found + [script[:60] for script in page.scripts if script not in OWN_SCRIPTS]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +143,7 @@ def test_page_parses_and_loads_nothing(html: str) -> None:
         '<img src="https://example.org/a.png" alt="">',
         '<a href="//example.org">x</a>',
         "<script>fetch('a')</script>",
+        '<script src="a.js"></script>',
         "<style>@import 'a.css';</style>",
         "<style>p { background: url(a.png) }</style>",
     ],
@@ -151,17 +165,57 @@ def test_page_suits_dark_screens_phones_and_readers(html: str) -> None:
     assert page.values("html", "lang") == ["en"]
     # Whatever may be wider than a phone stands in a box of its own that scrolls.
     assert html.count('<div class="scroll"') == page.tags["table"] + page.tags["img"]
+    assert page.tags["img"] == 1
 
 
-def test_every_picture_has_alt_text_caption_and_content(html: str) -> None:
+def test_every_chart_has_a_label_a_caption_and_something_instead(html: str) -> None:
+    """Where scripts do not run there is the picture of the ledger, and words in the place of other charts."""
     page = Page(html)
-    alts, sources = page.values("img", "alt"), page.values("img", "src")
-    assert page.tags["img"] == page.tags["figure"] == page.tags["figcaption"] == len(alts) == 3
-    assert all(len(alt) > 60 for alt in alts)
-    for source in sources:
-        head, _, content = source.partition(",")
-        assert head == "data:image/png;base64"
-        assert base64.b64decode(content, validate=True).startswith(b"\x89PNG")
+    labels = [value for tag, name, value in page.attributes if (tag, name) == ("div", "aria-label")]
+    charts = page.values("div", "data-chart")
+    assert len(charts) == 8 and sum(label not in ("Table", "Table, scrolls sideways") for label in labels) == 9
+    assert page.values("figure", "id") == ["curves", "ledger", "latent", "posterior"]
+    assert page.tags["figcaption"] == page.tags["noscript"] == 4
+    assert html.count(page_module.WITHOUT_SCRIPTS) == 3
+    (alt,), (source,) = page.values("img", "alt"), page.values("img", "src")
+    assert len(alt) > 60
+    head, _, content = source.partition(",")
+    assert head == "data:image/png;base64"
+    assert base64.b64decode(content, validate=True).startswith(b"\x89PNG")
+
+
+def test_policy_lets_these_scripts_run_and_no_other(html: str) -> None:
+    (policy,) = [value for value in Page(html).values("meta", "content") if "default-src" in value]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe-inline'; img-src data:" in policy
+    assert "unsafe" not in policy.partition("style-src")[0]
+    hashes = set(re.findall(r"'sha256-([^']+)'", policy))
+    assert hashes == {sha256(script) for script in Page(html).scripts}
+    assert sha256("fetch('a')") not in hashes
+
+
+def sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def test_data_of_charts_cannot_end_their_element() -> None:
+    value = {"</script><script>alert(1)</script>": ["<!--", "&lt;", "\u2028"]}
+    found = markup.data("charts", value)
+    assert found.count("<") == 2 and Page(found).scripts == []
+    assert json.loads(found.partition(">")[2].removesuffix("</script>")) == value
+
+
+def test_tables_sort_by_figures(ppca: Comparison, html: str) -> None:
+    """What a cell is sorted by is the figure itself, and nothing where there is none."""
+    summary = html[html.index('id="summary"') : html.index("</table>")]
+    assert 'class="sortable n-last"' in summary
+    orders = re.findall(r'data-sort="([^"]*)"', summary)
+    by_row = [orders[i : i + 11] for i in range(0, len(orders), 11)]
+    for order in by_row:
+        mean = ppca.table[ppca.table["method"] == order[0]].mean(numeric_only=True)
+        assert float(order[1]) == pytest.approx(mean["log_evidence"], rel=1e-12)
+        assert order[2] == ("" if order[0] == "free-delta" else str(mean["elbo"]))
+    assert [order[0] for order in by_row] == list(ppca.summary.index)
+    assert 'id="fits" class="sortable n-last"' in html
 
 
 def test_page_holds_methods_numbers_and_settings(ppca: Comparison, html: str) -> None:
@@ -193,17 +247,23 @@ def test_hostile_names_stay_text(ppca: Comparison, no_pictures: None) -> None:
     table = ppca.table.assign(guide=HOSTILE)
     hostile = replace(ppca, data={**ppca.data, "name": HOSTILE}, options={"steps": HOSTILE}, fits=fits, table=table)
     page = Page(report.html(hostile))
-    assert page.tags["script"] == 0
-    assert page.tags["img"] == 3
+    assert set(page.scripts) == OWN_SCRIPTS
+    assert page.tags["img"] == 1
     assert page.text.count(HOSTILE) > 10
     assert network_references(report.html(hostile)) == []
 
 
 def test_unescaped_names_would_be_found(ppca: Comparison, no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: without escaping, the name is markup."""
-    monkeypatch.setattr(report, "escape", lambda text: text)
+    monkeypatch.setattr(page_module, "escape", lambda text, quote=True: text)
     hostile = replace(ppca, data={**ppca.data, "name": HOSTILE})
-    assert "script" in network_references(report.html(hostile))
+    assert 'alert("1")' in network_references(report.html(hostile))
+
+
+def test_another_ending_is_refused(ppca: Comparison, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"found 'report.pdf', expected a name that ends in .html or .md"):
+        report.write(ppca, tmp_path / "report.pdf")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_comparison_gives_the_same_page(ppca: Comparison, html: str) -> None:
@@ -214,7 +274,8 @@ def test_a_loaded_comparison_has_a_report_too(ppca: Comparison, html: str, tmp_p
     ppca.save(tmp_path / "run")
     loaded = Comparison.load(tmp_path / "run")
     page = Page(report.html(loaded))
-    assert page.tags["img"] == 2  # without its rows there is no latent space
+    # Without its rows there is no latent space and no posterior.
+    assert page.values("figure", "id") == ["curves", "ledger"]
     assert report.headline(loaded) == report.headline(ppca)
     assert report.reproduction(loaded) == report.reproduction(ppca)
     assert report.notes(loaded) == report.notes(ppca)
@@ -222,13 +283,13 @@ def test_a_loaded_comparison_has_a_report_too(ppca: Comparison, html: str, tmp_p
 
 def test_file_is_written_whole(ppca: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "html", lambda comparison: "page Ä\n")
-    path = report.write_html(ppca, tmp_path / "new" / "report.html")
+    path = report.write(ppca, tmp_path / "new" / "report.html")
     assert path.read_text(encoding="utf-8") == "page Ä\n"
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
     monkeypatch.setattr(report, "html", lambda comparison: "a half page \ud800")  # cannot be encoded
     with pytest.raises(UnicodeEncodeError):
-        report.write_html(ppca, path)
+        report.write(ppca, path)
     assert path.read_text(encoding="utf-8") == "page Ä\n"
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
@@ -237,9 +298,9 @@ def test_paths_that_cannot_be_written_are_refused(ppca: Comparison, tmp_path: Pa
     (tmp_path / "file").write_text("")
     for path, match in ((tmp_path, "directory"), (tmp_path / "file" / "report.html", "output directory")):
         with pytest.raises(InvalidInput, match=match) as error:
-            report.write_html(ppca, path)
+            report.write(ppca, path)
         assert len(str(error.value).splitlines()) == 1
-    assert report.write_html(ppca, tmp_path / "report.html").exists()
+    assert report.write(ppca, tmp_path / "report.html").exists()
 
 
 # ---- the words -------------------------------------------------------------------------------------------------------

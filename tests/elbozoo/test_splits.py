@@ -20,6 +20,7 @@ from elbozoo import report
 from elbozoo.cli import main
 from elbozoo.inference.comparison import HELDOUT, ROW, TABLE_ONLY
 from elbozoo.models.contract.errors import InvalidInput
+from elbozoo.series import number
 from elbozoo.tables import Dataset, Split
 
 pytestmark = pytest.mark.xdist_group("splits")
@@ -314,7 +315,7 @@ def test_the_report_shows_held_out_rows(compared: ez.Comparison) -> None:
     page = report.html(compared)
     assert "<h2>Held-out rows</h2>" in page
     assert "44 test rows" in page and "no fit saw them" in page
-    figure = report.number(float(compared.summary.loc["em", ("heldout_elbo", "mean")]) / 44, 4)
+    figure = number(float(compared.summary.loc["em", ("heldout_elbo", "mean")]) / 44, 4)
     assert figure in page.partition("<h2>Held-out rows</h2>")[2].partition("</section>")[0]
     plain = ez.compare("ppca", "iris", methods=["em"], seeds=1, **EM)
     assert "Held-out rows" not in report.html(plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pyro
 import pytest
@@ -14,7 +15,7 @@ from contract import ROWS, entry_for, every_entry, every_pair, example_data, gui
 from elbozoo.guides import resolve_guide
 from elbozoo.guides.base import GuideOptions
 from elbozoo.guides.registry import guide_cards
-from elbozoo.inference.evidence import log_evidence
+from elbozoo.inference.evidence import Evidence, log_evidence
 from elbozoo.inference.fit import Fit
 from elbozoo.inference.ledger import check_bound, compute_ledger
 from elbozoo.inference.method import default_methods, plan
@@ -71,6 +72,16 @@ def test_bound_does_not_exceed_the_evidence(name: str, guide: str) -> None:
     )
     with pytest.raises(NumericalFailure, match="exceeds log p"):
         check_bound(elbo, error, lowered)
+
+
+@pytest.mark.parametrize("kind", ["exact", "estimate"])
+def test_a_bound_of_a_q_that_ran_away_is_refused(kind: Literal["exact", "estimate"]) -> None:
+    """Its standard error has no end, so that no multiple of it can be exceeded; a finite one is another matter."""
+    evidence = Evidence(-2373.2, 0.0, kind)
+    with pytest.raises(NumericalFailure, match="standard error of inf"):
+        check_bound(4e151, math.inf, evidence)
+    check_bound(-2373.0, 1.0, evidence)
+    check_bound(-math.inf, math.nan, evidence)
 
 
 @pairs

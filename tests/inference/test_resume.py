@@ -64,7 +64,7 @@ def whole() -> ez.Comparison:
 def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plots and reports take longer than these fits, and are none of the matter here."""
     monkeypatch.setattr("elbozoo.comparison.plots.figures", lambda comparison: {})
-    monkeypatch.setattr("elbozoo.comparison.report.write_html", lambda comparison, path: Path(path))
+    monkeypatch.setattr("elbozoo.comparison.report.write", lambda comparison, path: Path(path))
 
 
 def without_seconds(table: pd.DataFrame) -> pd.DataFrame:
