@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,22 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import pyro
-import torch
-from pyro import poutine
-from torch import Tensor
-
-from elbozoo.models.contract.batch import Batch
 from elbozoo.models.contract.entry import Entry
 from elbozoo.models.contract.errors import InvalidInput, unknown_name
-from elbozoo.models.contract.isolation import isolated
-from elbozoo.models.contract.sites import stochastic_nodes
 from elbozoo.words import flat
 
 Program = type[Entry] | Callable[..., Any]
 # A package of no file, so that a program called random.py does not stand in the way of Python's own.
 PACKAGE = "elbozoo_programs"
 SPELLING = "path/to/file.py:function"
+_RUNNING: set[Path] = set()  # files that are being imported
 
 
 class Place(NamedTuple):
@@ -40,6 +34,11 @@ class Place(NamedTuple):
     def seen_from(self, folder: Path) -> str:
         """Return the place as one reads it off from ``folder``."""
         return f"{relative(self.path, folder)}:{self.name}"
+
+
+def spelled(value: Any) -> str:
+    """Return a value as Python spells it, strings between double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def relative(path: Path, folder: Path) -> str:
@@ -139,24 +138,6 @@ def place_of(program: Program) -> Place:
     return Place(Path(file), name)
 
 
-def refuse_single_precision(entry: Entry, x: Tensor) -> None:
-    """Refuse a program that draws in another precision than its rows have: evidence is computed in double.
-
-    Raises
-    ------
-    InvalidInput
-        With the first such site, and how to mend it.
-    """
-    with isolated(0), torch.no_grad(), pyro.validation_enabled(False):
-        trace = poutine.trace(entry).get_trace(Batch.full(x))
-    for name, node in stochastic_nodes(trace):
-        if node["value"].is_floating_point() and node["value"].dtype != x.dtype:
-            raise InvalidInput(
-                f"site {name!r} of the program: found draws in {node['value'].dtype}, expected {x.dtype} as the rows "
-                "are; make its numbers from those of the batch, as in dist.Normal(batch.x.new_zeros(2), 1.0)"
-            )
-
-
 def _program(found: Any, spelled: str) -> Program:
     if inspect.isclass(found) and not issubclass(found, Entry):
         try:
@@ -180,6 +161,12 @@ def _executed(path: Path) -> ModuleType:
     InvalidInput
         With the first line of what the file raises.
     """
+    file = path.resolve()
+    if file in _RUNNING:
+        raise InvalidInput(
+            f"{flat(path)}: found a file that loads itself while it is imported, expected definitions; put what it "
+            'does under if __name__ == "__main__":'
+        )
     name = f"{PACKAGE}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None and spec.loader is not None
@@ -187,6 +174,7 @@ def _executed(path: Path) -> ModuleType:
     # What defines classes looks its own module up.
     sys.modules[name] = module
     with _importing_from(path.resolve().parent):
+        _RUNNING.add(file)
         try:
             spec.loader.exec_module(module)
         except Exception as error:
@@ -195,6 +183,8 @@ def _executed(path: Path) -> ModuleType:
                 f"{flat(path)}: found {type(error).__name__}: {flat(error)} while it was imported; expected a "
                 "file that Python can run; mend it and try again"
             ) from error
+        finally:
+            _RUNNING.discard(file)
     return module
 
 

@@ -209,7 +209,10 @@ def _is_computed(node: Mapping[str, Any]) -> bool:
 def _observed(entry: Entry, x: Tensor, runs: _Runs) -> Array:
     """Return the data at the observed site, NaN where a sequence has none."""
     shape = runs.data.values.shape[1:]
-    observed = observations(x).reshape(shape) if isinstance(entry, StackedEntry) else runs.observed.expand(shape)
+    if isinstance(entry, StackedEntry):
+        observed = observations(x).reshape(shape)
+    else:  # a program may draw one number that stands for all columns
+        observed = runs.observed.expand(torch.broadcast_shapes(shape, runs.observed.shape))
     result: Array = observed.numpy()
     return result
 

@@ -57,6 +57,7 @@ from elbozoo.models.contract.entry import (
 from elbozoo.models.contract.errors import InvalidInput, NumericalFailure, unknown_name
 from elbozoo.models.contract.isolation import SEEDS, isolated
 from elbozoo.models.contract.options import Options, plain
+from elbozoo.models.contract.programs import check_program
 from elbozoo.models.contract.registry import get_entry
 from elbozoo.models.contract.sequences import StackedEntry
 from elbozoo.models.contract.sites import LatentSite
@@ -245,6 +246,8 @@ def plan(
     rest = {k: v for k, v in options.items() if k not in entry_options.model_fields}
     _check_names(rest, entry_options)
     entry = build(0)
+    if isinstance(entry, Program):
+        check_program(entry, Batch.full(x.to(entry.dtype)))
     method = default_guide(entry) if method is None else method
     canonical = resolve_method(method, entry)
     arranged = entry.arrange(x, entry.options)

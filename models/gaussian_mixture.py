@@ -28,9 +28,10 @@ nats = []
 for seed in range(8):
     one = ez.fit("gaussian-mixture", "iris", restarts=1, seed=seed, **options)
     nats.append(one.log_evidence().value)
-best = ez.fit("gaussian-mixture", "iris", restarts=20, seed=0, **options)
+best = ez.fit("gaussian-mixture", "iris", restarts=20, seed=2, **options)
 print("one start each:", *(f"{value:.1f}" for value in nats), "nats, total")
 print(f"best of twenty starts: {best.log_evidence().value:.1f} nats, total")
+assert best.log_evidence().value > max(nats)
 assert best.log_evidence().value - min(nats) > 3
 ```
 

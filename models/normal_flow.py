@@ -38,7 +38,8 @@ assert means[3] > means[0] + 0.5
 ```
 
 *Overfitting.* Nothing regularises the networks. A training likelihood that keeps rising while that of rows held back
-falls is the sign of it, of the failure above too; `patience` stops in time.
+falls is the sign of it, and `patience` stops in time. The failure above shows no such sign where new rows lie on the
+same set.
 
 ```python
 x, new = torch.randn(1060, 3, generator=draw).split([60, 1000])

@@ -16,8 +16,8 @@ vanishes where the columns of $W$ are orthogonal.
 
 What goes wrong:
 
-*No noise left.* With $K \ge \operatorname{rank}(x)$ the noise vanishes and the likelihood is unbounded. The rank is
-that of the centred rows, so a column that is the sum of others counts for nothing:
+*No noise left.* With $K \ge \operatorname{rank}(x)$ the noise vanishes, and where the rank is below $D$ the
+likelihood is unbounded. The rank is that of the centred rows, so a column that is the sum of others counts for nothing:
 
 ```python
 x = ez.load_data("iris").x
@@ -45,7 +45,7 @@ for name in ("wine", "wine-standardised"):
 assert shares["wine"] > 0.99 and shares["wine-standardised"] < 0.3
 ```
 
-*A rotation that mean-field sees.* The likelihood cannot tell $W$ from $W R$, so a maximum of it is a whole sphere, and
+*A rotation that mean-field sees.* The likelihood cannot tell $W$ from $W R$, so a maximum of it has a whole orbit, and
 loadings are not to be read column by column. A q with independent dimensions can tell: at the same log p(x) its best
 bound falls as $W$ turns away from orthogonal columns, by the formula above.
 

@@ -49,8 +49,8 @@ assert 2 <= used <= 7
 ```
 
 *Unbounded likelihood*: a decoder that passes through every datum wants $\sigma = 0$; `noise_floor` bounds it, and is
-part of the model. A fit whose `noise_scale` sits at the floor has memorised its data, and new rows are what it cannot
-explain:
+part of the model. A fit whose `noise_scale` is far below the noise of its data has memorised them, and new rows are
+what it cannot explain:
 
 ```python
 draw = torch.Generator().manual_seed(0)

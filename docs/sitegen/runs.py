@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 PROCESSES = 2
 THREADS = "OMP_NUM_THREADS"
+SECONDS = "seconds"
 
 
 class PageFailed(RuntimeError):
@@ -83,14 +84,19 @@ def _run_all(runs: Sequence[Run], places: dict[str, Path], processes: int, repor
 
 
 def _make(run: Run, place: Path) -> float:
-    """Make a page in a folder beside its place, so that what is in its place is whole; return the seconds it took."""
-    before = time.perf_counter()
+    """Make a page in a folder beside its place, so that what is in its place is whole.
+
+    Return the seconds of one core that it took, which stand in the file SECONDS beside the page as well.
+    """
+    before = time.process_time()
     unfinished = place.parent.with_name(f"{place.parent.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     run.task(*run.arguments, unfinished / place.name)
+    seconds = time.process_time() - before
+    (unfinished / SECONDS).write_text(f"{seconds:.1f}\n", encoding="utf-8")
     os.replace(unfinished, place.parent)
-    return time.perf_counter() - before
+    return seconds
 
 
 @contextmanager

@@ -78,7 +78,10 @@ def formula(source: str, is_display: bool = False) -> str:
     """Return a formula of LaTeX as MathML, which browsers set without a script."""
     from latex2mathml.converter import convert
 
-    made = _as_browsers_read_it(convert(source.strip(), display="block" if is_display else "inline"))
+    try:
+        made = _as_browsers_read_it(convert(source.strip(), display="block" if is_display else "inline"))
+    except Exception:  # of a program's page, where a dollar may be one of money
+        return f"<code>{html.escape(source)}</code>"
     return f'<div class="wide">{made}</div>' if is_display else made
 
 

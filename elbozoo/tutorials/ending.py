@@ -41,6 +41,8 @@ def references(s: Subject) -> list[Text | Code]:
     if not bibtex:
         return []
     lines = "\n".join(f"- {line}" for line in reference_lines(bibtex))
+    if not lines:
+        return [Text(f"## References\n\n{bibtex}")]
     return [Text(f"## References\n\n{lines}\n\nThe same as BibTeX:\n\n{bibtex}")]
 
 
@@ -64,7 +66,9 @@ def _exercises(s: Subject) -> Iterator[str]:
             f"Guides such as {names} fit. Give some of them to `ez.compare(program, data, methods=[...])`: which gap "
             "changes with the family, and which with the source?"
         )
-    if any(name.startswith("amortized") for name in guide_names(s.entry)):
+    # Where the model has an option of that name too, it would change with the encoder.
+    has_own = "hidden" in type(s.entry).Options.model_fields
+    if not has_own and any(name.startswith("amortized") for name in guide_names(s.entry)):
         yield "Give `guide='amortized'` an encoder of `hidden=2` units, then one of 64: which gap pays for the first?"
     if isinstance(s.entry, HasPosterior):
         yield "Show that log p(x) − ELBO = KL(q ‖ posterior), and find the two figures of the ledger that must agree."

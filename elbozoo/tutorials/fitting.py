@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import pandas as pd
 from elbozoo.guides.registry import GuideCard
 from elbozoo.notebook.cells import Code, Run, Text
 from elbozoo.plots import number
+from elbozoo.programs import spelled
 from elbozoo.tutorials.figures import KINDS, nats, touches
 from elbozoo.tutorials.subject import Subject
 
@@ -63,7 +63,7 @@ def ledger(s: Subject) -> list[Text | Code]:
 
 def literal(settings: dict[str, Any]) -> str:
     """Return settings as Python spells them."""
-    return json.dumps(settings).replace("null", "None").replace("true", "True").replace("false", "False")
+    return "{" + ", ".join(f"{spelled(name)}: {spelled(value)}" for name, value in settings.items()) + "}"
 
 
 def ledger_sentences(s: Subject, ledger: pd.Series) -> Iterator[str]:
@@ -97,7 +97,8 @@ def _gap_sentences(s: Subject, ledger: pd.Series) -> Iterator[str]:
         yield "The bound touches the truth."
         return
     per_datum = number(ledger.gap / ledger.rows, 6)
-    yield f"The bound lies **{nats(ledger, 'gap')}** below the truth, {per_datum} per datum."
+    unit = "step" if isinstance(s.entry, SequenceEntry) else "datum"
+    yield f"The bound lies **{nats(ledger, 'gap')}** below the truth, {per_datum} per {unit}."
     yield from _parts_of_the_gap(s.card, ledger)
     if ledger.log_evidence_kind == "estimate":
         yield "This model has no exact log p(x) here, so the estimate stands for it; the gap may be larger."
@@ -135,9 +136,8 @@ def _climb_caption(run: Run) -> str:
     fit, ledger = run["fit"], run["ledger"]
     if not ledger.is_bound:
         return f"What `{fit.method}` maximises, step by step. It is no bound."
-    caption = (
-        f"The ELBO of `{fit.method}` step by step, smoothed over the noise of its draws, which is faint behind it."
-    )
+    noise = ", smoothed over the noise of its draws, which is faint behind it" if ledger.elbo_se > 0 else ""
+    caption = f"The ELBO of `{fit.method}` step by step{noise}."
     if fit.trajectory["log_evidence"].notna().any():
         return f"{caption} The dashed line is log p(x) at the θ of each step, and what is shaded is the gap."
     if math.isnan(ledger.log_evidence):
@@ -160,7 +160,7 @@ def climb_text(s: Subject, run: Run) -> str:
         return f"{climb}. There is no θ to learn, so a better q did all of it."
     gain = ledger.log_evidence - first.log_evidence
     if gain < 0:
-        lesson = "the ELBO prefers a θ whose posterior this q can follow to one that explains the data"
+        lesson = "the bound rose because the gap closed by more than that, not because θ explains the data better"
     else:
         lesson = "a better θ lifts both, a better q closes the gap between them"
     return f"{climb}. Meanwhile log p(x) {'fell' if gain < 0 else 'rose'} by {number(abs(gain), 2)}: {lesson}."

@@ -14,6 +14,7 @@ from elbozoo.models.contract.entry import HasPosterior
 from elbozoo.notation import notation_table
 from elbozoo.notebook.cells import Code, Text
 from elbozoo.pages import code_block, options_table
+from elbozoo.programs import spelled
 from elbozoo.tutorials.subject import Subject
 
 IMPORTS = """
@@ -33,7 +34,7 @@ def introduction(s: Subject) -> list[Text | Code]:
         f"This page is about {what} with the guide `{s.guide}`. Its numbers and pictures, those in its sentences too, "
         "come from a run of its own code."
     )
-    load = "" if s.place is None else f'program = ez.load_program("{s.place.seen_from(s.folder)}")'
+    load = "" if s.place is None else f"program = ez.load_program({spelled(s.place.seen_from(s.folder))})"
     return [Text(f"# {s.parts.title}\n\n{note}\n\n{s.parts.story}"), Code(IMPORTS + load)]
 
 

@@ -48,7 +48,7 @@ def posterior(s: Subject) -> list[Text | Code]:
 
 def _why_not(s: Subject) -> str:
     if s.is_bare:
-        return "Nothing is known of the posterior of this program, so q is held against log p(x) alone."
+        return "The posterior of this program is not known, so q is held against log p(x) alone."
     if not s.has_evidence:
         return "Under a flat prior p(x) does not exist, and neither does the posterior of a model."
     if not all(site.is_local for site in s.sites):
@@ -60,13 +60,11 @@ def _why_not(s: Subject) -> str:
 
 
 def _way(s: Subject) -> _Way | None:
-    if s.is_bare:
-        return None
     if isinstance(s.entry, HasPosterior):
         return _known(s)
     if supports_quadrature(s.sites):
         return _grid(s)
-    is_small = all(not site.is_local for site in s.sites) and sum(site.dim for site in s.sites) <= NUTS_DIM
+    is_small = all(not site.is_local for site in s.sites) and s.latent_numbers <= NUTS_DIM
     if is_small and "nuts" in method_names(s.entry):
         return _nuts(s)
     return None

@@ -10,6 +10,8 @@ from elbozoo.tutorials.subject import Subject
 def data(s: Subject) -> list[Text | Code]:
     """Return the code that loads the rows and draws them."""
     source, says = _picture(s)
+    if any("$" in name for name in s.source.rows.columns):
+        source = f'plt.rcParams["text.parse_math"] = False  # a dollar in a name is no formula\n{source.lstrip()}'
     return [
         Text(f"## Data\n\n{s.source.text}"),
         Code(f"{s.source.code}\nprint(data.description)"),

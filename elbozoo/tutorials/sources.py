@@ -17,7 +17,7 @@ from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.models.contract.options import is_position
 from elbozoo.models.contract.registry import get_entry
 from elbozoo.models.contract.sequences import SequenceEntry
-from elbozoo.programs import Place, relative
+from elbozoo.programs import Place, relative, spelled
 from elbozoo.words import flat
 
 SIMULATE = "simulate:"
@@ -57,21 +57,25 @@ def source_of(
     if data is not None:
         return _brought(model, data, page, options)
     if place is None:
-        return _simulated_entry(model, effort)
+        return _simulated_entry(model, effort, options)
     return _simulated_program(model, effort.rows)
 
 
 # ---- simulated -------------------------------------------------------------------------------------------------------
 
 
-def _simulated_entry(model: str, effort: Any) -> Source:
-    is_sequence = issubclass(get_entry(model), SequenceEntry)
+def _simulated_entry(model: str, effort: Any, options: Mapping[str, Any]) -> Source:
+    cls = get_entry(model)
+    is_sequence = issubclass(cls, SequenceEntry)
+    is_itself = not set(options) & set(cls.Options.model_fields)
     rows = min(effort.rows, effort.sequence_rows) if is_sequence else effort.rows
     name = f"{SIMULATE}{model}"
     return Source(
         _in_memory(load_data(name, rows=rows, seed=0)),
         f'data = ez.load_data("{name}", rows={rows}, seed=0)',
-        "The rows are drawn from the model itself: only the inference can go wrong.",
+        "The rows are drawn from the model itself: only the inference can go wrong."
+        if is_itself
+        else "The rows are drawn from the model with its default options, which are not those of the fit.",
     )
 
 
@@ -113,6 +117,11 @@ def _brought(model: Any, data: Any, page: Path, options: Mapping[str, Any]) -> S
     # The code of a page cannot reach what is in the caller's memory.
     file = page.with_name(f"{page.stem}_data.csv")
     content = _frame(rows).to_csv(index=False).encode()
+    if file.exists() and not page.exists() and file.read_bytes() != content:
+        raise InvalidInput(
+            f"{file}: found a file of that name which no page here has written, expected none, since the rows of the "
+            "page go there; move it, pass its path as data, or choose another name for the page"
+        )
     return Source(
         rows, _call(file.name, arguments), f"The rows lie in `{file.name}` beside this page.", (file, content)
     )
@@ -141,7 +150,7 @@ def _arguments(model: Any, data: Any, options: Mapping[str, Any]) -> dict[str, A
 
 def _call(source: str, arguments: Mapping[str, Any]) -> str:
     told = "".join(f", {name}={value!r}" for name, value in arguments.items())
-    return f'data = ez.load_data("{source}"{told})'.replace("'", '"')
+    return f"data = ez.load_data({spelled(source)}{told})"
 
 
 def _in_memory(rows: Any) -> Dataset:

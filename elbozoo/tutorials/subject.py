@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from elbozoo.models.contract.registry import get_entry
 from elbozoo.models.contract.sequences import SequenceEntry
 from elbozoo.models.contract.sites import LatentSite
 from elbozoo.pages import PageParts, page_parts
-from elbozoo.programs import Place, is_place, load_program, parse, place_of, refuse_single_precision
+from elbozoo.programs import Place, is_place, load_program, parse, place_of
 from elbozoo.tutorials.sources import Source, source_of
 
 
@@ -80,6 +81,8 @@ class Subject:
         Methods that the page compares, the guide among them.
     source : Source
         The data.
+    x : Tensor
+        Its rows as the entry arranges them.
     options : dict
         Options that the user gave.
     folder : Path
@@ -96,6 +99,7 @@ class Subject:
     card: GuideCard
     methods: list[str]
     source: Source
+    x: torch.Tensor
     options: dict[str, Any]
     folder: Path
     effort: Effort
@@ -129,15 +133,13 @@ class Subject:
         # All that the user gave is checked here; what the page adds for speed is known to fit.
         ready = plan(found, source.rows.x, guide, options, source.rows.columns)
         entry = ready.entry
-        if isinstance(entry, UserProgram):
-            refuse_single_precision(entry, ready.x)
         guide = default_guide(entry) if guide is None else guide
         (card,) = [card for card in guide_cards(entry) if card.name == ready.method]
         methods = default_methods(entry)
         if card.name not in [resolve_method(method, entry) for method in methods]:
             methods.append(guide)
         name = model if place is None else place.name
-        return cls(name, place, program, guide, entry, card, methods, source, options, page.parent, effort)
+        return cls(name, place, program, guide, entry, card, methods, source, ready.x, options, page.parent, effort)
 
     @property
     def call(self) -> str:
@@ -153,13 +155,19 @@ class Subject:
     def parts(self) -> PageParts:
         """The entry's page; for a program the docstring of its function."""
         if self.is_bare:
-            return page_parts((getattr(self.program, "__doc__", None) or "").strip() or f"The program {self.model}")
+            story = inspect.cleandoc(getattr(self.program, "__doc__", None) or "")
+            return page_parts(story or f"The program {self.model}")
         return page_parts(self.entry.page())
 
     @property
     def sites(self) -> list[LatentSite]:
         """The latent sites."""
         return self.entry.latent_sites() if not self.is_bare else self.entry.latent_sites(self.source.rows.x)
+
+    @property
+    def latent_numbers(self) -> int:
+        """Latent numbers outside the plate of the data; how many there are may depend on the rows."""
+        return sum(site.dim for site in self.entry.latent_sites(self.x) if not site.is_local)
 
     @property
     def learns(self) -> bool:

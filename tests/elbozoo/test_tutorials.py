@@ -84,7 +84,7 @@ def claims(run: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
 
 
 def ledger_claims(ledger: pd.Series, gap: float) -> Iterator[tuple[str, list[float]]]:
-    yield rf"lies \*\*{NUMBER} nats\*\* below the truth, {NUMBER} per datum", [gap, gap / ledger["rows"]]
+    yield rf"lies \*\*{NUMBER} nats\*\* below the truth, {NUMBER} per (?:datum|step)", [gap, gap / ledger["rows"]]
     yield f"Of this, {NUMBER} nats is what the best", [ledger["approximation_gap"]]
     yield f"as well, and {NUMBER} nats is", [gap - ledger["approximation_gap"]]
     yield f"standard error of {NUMBER} nats", [ledger["elbo_se"]]
@@ -315,22 +315,11 @@ def test_every_picture_says_what_it_shows(tmp_path: Path) -> None:
         assert cell.caption or cell.source in failures
 
 
-# The classical entries whose pages take longest, and one that stands for the others.
-LONGEST = (
-    "bayesian-gaussian-mixture",
-    "eight-schools",
-    "hidden-markov-model",
-    "linear-gaussian-state-space",
-    "mixture-of-factor-analyzers",
-    "ppca",
-)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("model", LONGEST)
-def test_page_takes_under_a_minute_of_one_core(tmp_path: Path, model: str) -> None:
+def test_page_takes_under_a_minute_of_one_core(tmp_path: Path) -> None:
+    """As long as any page; of the others those of the documentation are timed where they are made."""
     before = time.process_time()
-    write_tutorial(model, tmp_path / "page.ipynb")
+    write_tutorial("bayesian-gaussian-mixture", tmp_path / "page.ipynb")
     assert time.process_time() - before < 60
 
 
@@ -341,13 +330,13 @@ def test_page_takes_under_a_minute_of_one_core(tmp_path: Path, model: str) -> No
     ("model", "path", "given", "message"),
     [
         ("pcca", "page.md", {}, "unknown model 'pcca'; did you mean 'ppca'"),
-        ("ppca", "page.md", {"guide": "meanfield"}, "unknown method 'meanfield'; did you mean 'mean-field'"),
+        ("ppca", "page.md", {"guide": "meanfield"}, "unknown guide 'meanfield'; did you mean 'mean-field'"),
         ("ppca", "page.md", {"guide": "em"}, "unknown guide 'em'"),
         ("ppca", "page.md", {"guide": "free-categorical"}, "does not fit ppca"),
         ("normal-mean", "page.md", {"guide": "amortized"}, "does not fit normal-mean"),
         ("ppca", "page.md", {"latent_dims": 2}, "unknown option 'latent_dims'; did you mean 'latent_dim'"),
         ("ppca", "page.md", {"latent_dim": 0}, "option latent_dim: found 0"),
-        ("ppca", "page.md", {"data": "iri"}, "found nothing called 'iri'"),
+        ("ppca", "page.md", {"data": "iri"}, "unknown data set 'iri'; did you mean 'iris'"),
         ("ppca", "page.txt", {}, "found the suffix '.txt', expected .md, .ipynb or .html"),
         ("ppca", "page", {}, "found the suffix '', expected .md, .ipynb or .html"),
         ("ppca", "folder.md", {}, "found a directory, expected the path of a file"),

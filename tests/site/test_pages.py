@@ -43,6 +43,20 @@ def test_the_site_holds_a_page_for_every_entry(built: Path) -> None:
     assert {name for name in entry_names() if f"_generated/models/{name}.html" in pages} == set(entry_names())
 
 
+def test_pages_of_classical_entries_took_under_a_minute_of_one_core(built: Path) -> None:
+    """Those without a network; what each took was noted when it was made."""
+    from torch import nn
+
+    from elbozoo.models import entry_names, get_entry
+
+    networks = nn.Linear | nn.ConvTranspose2d
+    examples = {name: get_entry(name).example() for name in entry_names()}
+    classical = [name for name, entry in examples.items() if not any(isinstance(m, networks) for m in entry.modules())]
+    notes = {name: list((built.parent / "runs" / "models" / name).glob("*/seconds")) for name in classical}
+    assert [name for name, found in notes.items() if len(found) != 1] == []
+    assert {name: note.read_text() for name, (note,) in notes.items() if float(note.read_text()) >= 60} == {}
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", every_page())
 def test_every_page_is_whole_on_a_phone(chrome: Browser, site: str, path: str) -> None:
