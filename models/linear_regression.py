@@ -33,8 +33,8 @@ $$
 $$
 
 nats, which is 0 for an orthogonal design and grows with the correlation of its columns, up to a limit that the prior
-sets. CAVI assumes independence between the two latents alone, $q(\beta)\, q(\tau)$. Its optimum has the right mean of both, and with $P$
-coefficients and $\tilde a = a_N + P/2$ a gap of
+sets. CAVI assumes independence between the two latents alone, $q(\beta)\, q(\tau)$. Its optimum has the right mean of
+both, and with $P$ coefficients and $\tilde a = a_N + P/2$ a gap of
 $\log\Gamma(a_N) - \log\Gamma(\tilde a) + \tilde a \log \tilde a - a_N \log a_N - P/2$, whatever the design.
 
 What goes wrong:

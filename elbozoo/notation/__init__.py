@@ -17,6 +17,7 @@ from elbozoo.models.contract.sequences import SequenceEntry, StackedEntry
 from elbozoo.models.contract.sites import DATA_PLATE
 from elbozoo.notation.sizes import Sizes, sizes_of
 from elbozoo.notation.structure import (
+    COMPONENTS_PLATE,
     DETERMINISTIC,
     FLAT,
     GIVEN,
@@ -213,6 +214,8 @@ def _role(entry: Entry, node: Node) -> str:
         return "latent where it is not observed"
     if node.plate is None:
         return "latent, one for all data"
+    if node.plate == COMPONENTS_PLATE:
+        return "latent, one for each component"
     if isinstance(entry, SequenceEntry):
         return "latent, a path for each sequence"
     is_of_stack = isinstance(entry, StackedEntry) and node.plate == DATA_PLATE

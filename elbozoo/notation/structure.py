@@ -34,6 +34,7 @@ LATENT, OBSERVED, PARTLY, DETERMINISTIC, GIVEN, PARAMETER = (
 )
 FLAT = "flat"  # in place of the distribution of a site that has no density of its own
 ROWS_PLATE = "rows"  # of a group: the entry lays them along a dimension of its sites
+COMPONENTS_PLATE = "components"  # of a mixture whose components are latent: likewise
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,16 @@ def _site(entry: Entry, name: str, shown: str, relations: dict[str, Any], law: s
         kind, law = DETERMINISTIC, ""
     inside = {plate: len(sites) for plate, sites in relations["plate_sample"].items() if name in sites}
     innermost = min(reversed(inside), key=lambda plate: inside[plate]) if inside else None
-    plate = ROWS_PLATE if _is_of_rows(entry, shown) else innermost
+    plate = ROWS_PLATE if _is_of_rows(entry, shown) else innermost or _plate_by_dimension(entry, shown)
     return Node(shown, _symbol(entry, shown, plate), kind, law, plate, _note(entry, kind, shown))
+
+
+def _plate_by_dimension(entry: Entry, name: str) -> str | None:
+    """Return the plate of a site that has its copies along its first dimension and not in a plate of the program."""
+    dims = entry.site_dims.get(name, ())
+    if len(dims) > 1 and dims[0] == "component":
+        return COMPONENTS_PLATE
+    return DATA_PLATE if dims == ("school",) else None
 
 
 def _law(distribution: Any) -> str:
@@ -202,10 +211,8 @@ def _symbol(entry: Entry, name: str, plate: str | None) -> str:
     if isinstance(entry, RegressionEntry) and name == OBSERVED_SITE:
         return indexed("y", "n")
     symbol = symbol_of(name, words=not isinstance(entry, Program))
-    dims = entry.site_dims.get(name, ())
-    if plate is None:
-        # Weights are one vector, components one of each kind for every value of z.
-        return indexed(symbol, "k") if len(dims) > 1 and dims[0] == "component" else symbol
+    if plate == COMPONENTS_PLATE:
+        return indexed(symbol, "k")
     if plate not in (DATA_PLATE, ROWS_PLATE):
         return symbol
     if isinstance(entry, SequenceEntry):
@@ -230,6 +237,8 @@ def _plates(entry: Entry, relations: dict[str, Any], sizes: dict[str, int], rows
     }
     if isinstance(entry, GroupEntry):
         found[ROWS_PLATE] = Plate(ROWS_PLATE, "the rows of a group", DATA_PLATE)
+    if any(_plate_by_dimension(entry, name) == COMPONENTS_PLATE for name in entry.site_dims):
+        found[COMPONENTS_PLATE] = Plate(COMPONENTS_PLATE, "K components", None)
     return found
 
 

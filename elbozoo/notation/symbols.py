@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from html import escape
 
@@ -11,7 +12,7 @@ _SMALL = (
 )
 _LARGE = "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
 GREEK = dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", f"{_SMALL} {_LARGE}".split(), strict=True))
-SCRIPT = 10  # size of subscripts, points
+BASE, SCRIPT, HALF = 14, 10, 11  # points: size of a symbol, of its scripts, and half the height of its line
 LETTERS = {name: letter for letter, name in GREEK.items()} | {"phi": "φ", "dots": "…"}
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -87,15 +88,37 @@ def indexed(symbol: str, index: str) -> str:
     return f"{symbol}_{{{index}}}"
 
 
-def as_html(symbol: str) -> str:
-    r"""Return ``symbol`` as the HTML that Graphviz knows: italics, subscripts and superscripts.
+def as_cells(symbol: str) -> str:
+    r"""Return ``symbol`` as a table of Graphviz's HTML: italics, and a cell of its own for each sub- and superscript.
 
-    Examples
-    --------
-    >>> as_html(r"\Lambda^{-1}"), as_html(r"\mathrm{my\_site}")
-    ('<I>Λ</I><SUP><FONT POINT-SIZE="10">-1</FONT></SUP>', 'my_site')
+    ``<SUB>`` becomes ``baseline-shift`` in SVG, for which Graphviz leaves no room, by which Chromium lowers as far as
+    the font's height says, and which Firefox does not know.
     """
-    return "".join(_html_of(token) for token in _TOKENS.finditer(symbol))
+    groups = [
+        list(group) for _, group in itertools.groupby(_TOKENS.finditer(symbol), lambda token: bool(token["script"]))
+    ]
+    cells = []
+    for group, behind in itertools.zip_longest(groups, groups[1:]):
+        if group[0]["script"]:
+            cells.append(_scripts({token["script"]: _TOKENS.sub(_html_of, token["inside"]) for token in group}))
+            continue
+        # Graphviz stretches the table over the node; scripts stay at what they belong to.
+        side = ' ALIGN="RIGHT"' if behind else ""
+        text = "".join(map(_html_of, group))
+        cells.append(f'<TD{side}><FONT POINT-SIZE="{BASE}">{text}</FONT></TD>')
+    return f"{_TABLE}<TR>{''.join(cells)}</TR></TABLE>"
+
+
+_TABLE = '<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0">'
+
+
+def _scripts(scripts: dict[str, str]) -> str:
+    """Return a superscript above a subscript, each in half the height of the line, as one cell."""
+    halves = "".join(
+        f'<TR><TD HEIGHT="{HALF}" ALIGN="LEFT"><FONT POINT-SIZE="{SCRIPT}">{scripts.get(which, " ")}</FONT></TD></TR>'
+        for which in "^_"
+    )
+    return f'<TD ALIGN="LEFT">{_TABLE}{halves}</TABLE></TD>'
 
 
 _TOKENS = re.compile(
@@ -109,9 +132,8 @@ _TOKENS = re.compile(
 def _html_of(token: re.Match[str]) -> str:
     if token["upright"] is not None:
         return escape(token["upright"].replace(r"\_", "_"))
-    if token["script"]:
-        tag = "SUB" if token["script"] == "_" else "SUP"
-        return f'<{tag}><FONT POINT-SIZE="{SCRIPT}">{as_html(token["inside"])}</FONT></{tag}>'
+    if token["script"]:  # of a script
+        return _TOKENS.sub(_html_of, token["inside"])
     letter = f"{token['tilde']}\u0303" if token["tilde"] else LETTERS.get(token["greek"] or "", token["letter"])
     return f"<I>{letter}</I>" if letter else escape((token["other"] or token["greek"]).strip("{}"))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from elbozoo.notation.structure import DETERMINISTIC, GIVEN, LATENT, OBSERVED, PARAMETER, PARTLY, Node, Structure
-from elbozoo.notation.symbols import as_html
+from elbozoo.notation.symbols import as_cells
 from elbozoo.plates.style import FAINT, INK, SHADE, small_print
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _fill(graph: graphviz.Digraph, structure: Structure, plate: str | None) -> N
 
 
 def _add(graph: graphviz.Digraph, node: Node) -> None:
-    symbol = f'<FONT POINT-SIZE="14">{as_html(node.symbol)}</FONT>'
+    symbol = as_cells(node.symbol)
     if node.kind == PARAMETER:
         graph.node(_id(node.name), label=_stack([symbol, '<FONT POINT-SIZE="7">●</FONT>']), shape="plain")
         return
@@ -65,11 +65,9 @@ def _add(graph: graphviz.Digraph, node: Node) -> None:
 
 
 def _stack(cells: list[str]) -> str:
-    """Return cells below each other, the first with room for its subscript, which Graphviz does not leave."""
-    first, *others = cells
-    room = ' HEIGHT="21" VALIGN="TOP"' if others and "<SUB>" in first else ""
-    rows = [f"<TR><TD{room}>{first}</TD></TR>", *[f"<TR><TD>{cell}</TD></TR>" for cell in others]]
-    return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0">{"".join(rows)}</TABLE>>'
+    """Return cells below each other."""
+    rows = "".join(f"<TR><TD>{cell}</TD></TR>" for cell in cells)
+    return f'<<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0">{rows}</TABLE>>'
 
 
 def _id(name: str) -> str:

@@ -18,7 +18,7 @@ from elbozoo.plots import Floats, Picture
 SYMBOL, PRINT = 14.0, 8.0  # points
 MATH = "stix"
 LINE = 0.155  # inches from one line of small print to the next
-HEAD = 0.26  # inches for the symbol
+HEAD = 0.30  # inches for the symbol
 MARGIN = 0.15
 DOT = 0.035  # radius of a parameter's dot, inches
 BENDS = tuple(side * bend / 100 for bend in range(0, 100, 10) for side in (1, -1))

@@ -55,7 +55,7 @@ MOST_POINTS = 6000  # of the lines of all fits together, so that a page of fifty
 FEWEST_POINTS = 100  # of the lines of one fit
 DIGITS = 7
 LETTER, TITLE, GUTTER = 7.6, 30, 12  # pixels: a letter of a label, a title beside an axis, what is left free
-BELOW, LEGEND = 54, 40  # pixels: labels and title under an axis, a legend under those
+BELOW = 54  # pixels: labels and title under an axis
 TICKS, MOST_LETTERS = 6, 11
 FEW_DECADES = 50  # ratio of ends up to which a logarithmic axis is labelled between the powers of ten too
 
@@ -194,13 +194,15 @@ def plain_layout(height: int, left: int, **parts: Any) -> Figure:
         "font": {"family": "system-ui, sans-serif", "size": 13},
         "hovermode": "closest",
         "hoverlabel": {"align": "left"},
-        # Under labels and title of the axis, in shares of the height that is left for the plot.
-        "legend": {"orientation": "h", "y": -BELOW / (height - LEGEND - BELOW), "yanchor": "top", "x": 0},
+        # At the foot of the chart, however many lines it takes on a phone: the axis and its title end above it.
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
     }
     layout |= {key: value for key, value in parts.items() if key not in ("xaxis", "yaxis")}
     for name in ("xaxis", "yaxis"):
         layout[name] = {**axis, **parts.get(name, {})}
         layout[name].get("title", {})["font"] = {"size": 13}
+    # Only so does the axis make room for itself above a legend of many lines.
+    layout["xaxis"]["automargin"] = "height"
     return layout
 
 
@@ -357,7 +359,8 @@ def _elbo_part(bars: Sequence[LedgerBar], names: list[str], left: float) -> dict
         "base": left,
         "x": numbers(max(bar.elbo - left, 0.0) if math.isfinite(bar.elbo) else 0.0 for bar in bars),
         "customdata": numbers(bar.elbo for bar in bars),
-        "marker": {"color": NEUTRAL, "opacity": 0.45},
+        # Not by the opacity of the trace, which the legend does not show.
+        "marker": {"color": "rgba(128,128,128,0.45)"},
         "hovertemplate": "<b>%{y}</b><br>ELBO %{customdata:.4f} nats per datum<extra></extra>",
     }
 

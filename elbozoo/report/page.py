@@ -26,12 +26,13 @@ from elbozoo.report.markup import (
     section,
     sortable,
 )
-from elbozoo.report.posteriors import posterior_figures
+from elbozoo.report.posteriors import is_thinned, posterior_figures
 from elbozoo.report.settings import about_model, reproduction, settings, versions
 from elbozoo.report.tables import full_table, heldout_table, summary_table
 from elbozoo.report.words import GLOSSARY, headline, notes, subtitle
 
-WITHOUT_SCRIPTS = "<p>An interactive chart stands here where scripts run. Its figures are in the tables.</p>"
+WITHOUT_SCRIPTS = "<p>An interactive chart stands here where scripts run. The tables hold the figures at the end.</p>"
+NO_CHART = "<p>An interactive chart stands here where scripts run.</p>"
 
 
 class Drawing(NamedTuple):
@@ -151,7 +152,7 @@ def _latent(comparison: Comparison) -> Drawing:
         return NOTHING
     caption += captions.THINNED if scatter.is_thinned(panels) else ""
     figures = {f"latent-{i}": scatter.figure(panel, len(panels)) for i, panel in enumerate(panels)}
-    return Drawing(chart("latent", figures, alt, caption, WITHOUT_SCRIPTS), figures, title)
+    return Drawing(chart("latent", figures, alt, caption, NO_CHART), figures, title)
 
 
 def _posterior(comparison: Comparison) -> Drawing:
@@ -161,8 +162,9 @@ def _posterior(comparison: Comparison) -> Drawing:
     is_local = all(fit.guide.is_local for fit in comparison.fits)
     what = "Points of q against the exact posterior." if is_local else "Means and intervals of each latent by method."
     figures = {f"posterior-{i}": figure for i, figure in enumerate(found)}
-    caption = captions.AGREEMENT + captions.THINNED if is_local else captions.INTERVALS
-    return Drawing(chart("posterior", figures, what, caption, WITHOUT_SCRIPTS), figures)
+    caption = captions.AGREEMENT if is_local else captions.INTERVALS
+    caption += captions.THINNED if is_local and is_thinned(comparison) else ""
+    return Drawing(chart("posterior", figures, what, caption, NO_CHART), figures)
 
 
 def _images(comparison: Comparison) -> str:

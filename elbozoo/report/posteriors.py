@@ -81,6 +81,11 @@ def agreements(fit: Fit) -> Iterator[Agreement]:
             yield Agreement("standard deviation", _flat(fit, _deviation(exact)), _flat(fit, deviation))
 
 
+def is_thinned(comparison: Comparison) -> bool:
+    """Whether some points of :func:`posterior_figures` are left out."""
+    return any(len(each.exact) > MOST_POINTS for fit in first_fits(comparison) for each in agreements(fit))
+
+
 def _of_rows(fit: Fit) -> Floats:
     """Means or probabilities of q, in the order of the table."""
     return fit.transform().double().reshape(-1).cpu().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,10 +83,10 @@ def figure(panel: Panel, panels: int) -> Figure:
     layout = plain_layout(
         HEIGHT,
         room_for_numbers(float(panel.points[:, 1].min()), float(panel.points[:, 1].max())),
-        title={"text": short(panel.title), "font": {"size": 14}, "x": 0, "xref": "paper"},
-        xaxis={"title": {"text": panel.axes[0]}},
+        title={"text": escape(short(panel.title)), "font": {"size": 14}, "x": 0, "xref": "paper"},
+        xaxis={"title": {"text": escape(panel.axes[0])}},
         # A row's place in the table has another unit than its value.
-        yaxis={"title": {"text": panel.axes[1]}, **({} if panel.axes[0] == PLACE else {"scaleanchor": "x"})},
+        yaxis={"title": {"text": escape(panel.axes[1])}, **({} if panel.axes[0] == PLACE else {"scaleanchor": "x"})},
         showlegend=len(traces) > 1,
     )
     layout["margin"]["t"] = 40
@@ -168,7 +169,7 @@ def _of_class(panel: Panel, shown: npt.NDArray[np.int64], value: Any, place: int
         "color": CLASS_COLOURS[place % len(CLASS_COLOURS)],
         "symbol": SYMBOLS[place % len(SYMBOLS)],
     }
-    name = f"{panel.hover} {value}"
+    name = escape(f"{panel.hover} {value}")
     return {**_trace(panel, shown, marker, f"%{{customdata}}, {name}"), "name": name}
 
 

@@ -17,6 +17,7 @@ from elbozoo.inference.method import (
     method_names,
     plan,
     resolve_method,
+    schemas_of,
     schemas_of_method,
 )
 from elbozoo.models.contract.entry import Entry, SupportsEM
@@ -133,6 +134,7 @@ class Subject:
         # All that the user gave is checked here; what the page adds for speed is known to fit.
         ready = plan(found, source.rows.x, guide, options, source.rows.columns)
         entry = ready.entry
+        options = _typed(options, entry)
         guide = default_guide(entry) if guide is None else guide
         (card,) = [card for card in guide_cards(entry) if card.name == ready.method]
         methods = default_methods(entry)
@@ -215,6 +217,17 @@ class Subject:
         if not sites[0].is_local:
             return 0.2
         return 0.1 if sites[0].is_discrete else 0.05
+
+
+def _typed(options: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
+    """Return options that came as text, as those of the command line do, in the types that their schemas declare."""
+    schemas = (type(entry.options), *schemas_of(entry))
+    found = {}
+    for name, value in options.items():
+        schema = next(schema for schema in schemas if name in schema.model_fields)
+        typed = getattr(schema.parse({name: value}), name) if isinstance(value, str) else value
+        found[name] = typed if isinstance(typed, bool | int | float) else value
+    return found
 
 
 def _program(model: Any) -> tuple[Place | None, Any]:

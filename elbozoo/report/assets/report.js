@@ -43,6 +43,14 @@ const draw = async () => {
   page.dataset.charts = "drawn";
 };
 
+// Paper is narrower than a screen, and a chart keeps the width that it was drawn in.
+const PAPER = 680;
+const redraw = (sizeOf) => {
+  for (const box of document.querySelectorAll("[data-chart].js-plotly-plot")) Plotly.relayout(box, sizeOf(box));
+};
+addEventListener("beforeprint", () => redraw((box) => ({ width: Math.min(PAPER, box.clientWidth) })));
+addEventListener("afterprint", () => redraw(() => ({ width: null, autosize: true })));
+
 // The library takes a browser longer to read than all the rest, so words and tables are on the screen before it.
 requestAnimationFrame(() =>
   setTimeout(() => {
