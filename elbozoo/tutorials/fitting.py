@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from elbozoo.guides.registry import GuideCard
+from elbozoo.models.contract.sequences import SequenceEntry
 from elbozoo.notebook.cells import Code, Run, Text
 from elbozoo.plots import number
 from elbozoo.programs import spelled
