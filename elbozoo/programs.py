@@ -37,8 +37,8 @@ class Place(NamedTuple):
 
 
 def spelled(value: Any) -> str:
-    """Return a value as Python spells it, strings between double quotes."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    """Return a value as Python spells it, strings and lists of them between double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | list) else repr(value)
 
 
 def relative(path: Path, folder: Path) -> str:

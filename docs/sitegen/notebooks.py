@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 THUMBNAIL = (480, 360)  # pixels, twice what a card is wide
-WIDE, TALL = 1.9, 1.4  # ratios of its sides beyond which a picture has several panels
 PREFERRED = ("posterior", "latent", "data")  # words in the heading above the picture that stands for a page
 
 
@@ -72,23 +71,13 @@ def _alt(cell: dict[str, Any], heading: str) -> str:
 def thumbnail(content: bytes) -> bytes:
     """Return a PNG that fits a card: scaled down, on white of one size, so that cards stand in rows."""
     with Image.open(io.BytesIO(content)) as picture:
-        small = _first_panel(picture.convert("RGB"))
+        small = picture.convert("RGB")
     small.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
     paper = Image.new("RGB", THUMBNAIL, "white")
     paper.paste(small, tuple((whole - part) // 2 for whole, part in zip(THUMBNAIL, small.size, strict=True)))
     written = io.BytesIO()
     paper.save(written, format="PNG", optimize=True)
     return written.getvalue()
-
-
-def _first_panel(picture: Image.Image) -> Image.Image:
-    """Return the first of several panels, told by the shape of the picture: all of them would be too small to see."""
-    width, height = picture.size
-    if width > WIDE * height:
-        return picture.crop((0, 0, width // round(width / height), height))
-    if height > TALL * width:
-        return picture.crop((0, 0, width, height // max(2, round(height / width))))
-    return picture
 
 
 def markdown_cells(document: dict[str, Any]) -> Sequence[str]:

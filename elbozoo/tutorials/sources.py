@@ -149,7 +149,7 @@ def _arguments(model: Any, data: Any, options: Mapping[str, Any]) -> dict[str, A
 
 
 def _call(source: str, arguments: Mapping[str, Any]) -> str:
-    told = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    told = "".join(f", {name}={spelled(value)}" for name, value in arguments.items())
     return f"data = ez.load_data({spelled(source)}{told})"
 
 
