@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.site
 
-DRAWN = "document.documentElement.dataset.charts === 'drawn'"
+DRAWN = "html[data-charts=drawn]"  # the policy of a report lets no predicate of ours poll in it
 DARK, BRIGHT = 0.2, 0.8
 ROWS = 150  # of iris
 
@@ -43,7 +43,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def looking(chrome: Browser, folder: Path, name: str, *, width: int = DESKTOP, dark: bool = False) -> Iterator[Visit]:
     """Open a report as the file that it is, and wait until its charts are drawn."""
     with visiting(chrome, (folder / name).as_uri(), width=width, dark=dark) as visit:
-        visit.page.wait_for_function(DRAWN)
+        visit.page.wait_for_selector(DRAWN)
         visit.settle()
         yield visit
 
@@ -73,7 +73,7 @@ def test_a_served_report_asks_for_nothing_but_itself(chrome: Browser, reports: P
     with served(reports) as address, visiting(chrome, f"{address}ppca.html", address) as visit:
         visit.page.on("request", lambda request: requested.append(request.url))
         visit.page.reload()
-        visit.page.wait_for_function(DRAWN)
+        visit.page.wait_for_selector(DRAWN)
         assert not [*visit.complaints, *visit.foreign]
     assert [url for url in requested if not url.startswith("data:")] == [f"{address}ppca.html"]
 
@@ -104,7 +104,8 @@ def test_curves_tell_where_the_pointer_is(chrome: Browser, reports: Path) -> Non
     steps = pd.read_csv(reports / "trajectories.csv").set_index(["method", "seed", "step"]).sort_index()
     evidence = steps.loc[(found["method"], int(found["seed"])), "log_evidence"] / ROWS
     rounding = 0.51 * 10.0 ** -len(found["evidence"].partition(".")[2])
-    assert abs(evidence[int(found["step"])] - float(found["evidence"])) <= rounding
+    # Steps count from 1 here and from 0 there; between those at which it is computed, the last one stands.
+    assert abs(evidence.ffill().iloc[int(found["step"]) - 1] - float(found["evidence"])) <= rounding
     # No step far from there has that figure; EM and all fits begin well below where they end.
     assert abs(evidence.iloc[0] - float(found["evidence"])) > rounding
 
