@@ -153,6 +153,8 @@ def climb_text(s: Subject, run: Run) -> str:
     if known.empty or math.isnan(ledger.gap):
         return "The end is evaluated afresh, with many more draws than a step takes."
     first = known.iloc[0]
+    if first.elbo > ledger.elbo:
+        return "By chance the draws of the first step put it above where the bound ends: look at the smoothed line."
     climb = (
         f"The first step of `{fit.method}` saw an ELBO of {number(first.elbo, 2)} nats; at the end it was "
         f"{number(ledger.elbo - first.elbo, 2)} higher"

@@ -39,8 +39,8 @@ for axes, name in zip(panels[:, 0], exact.data_vars):
         first = draws[name].values.reshape(draws.sizes["chain"] * draws.sizes["draw"], -1)[:, 0]
         axes.hist(first, bins=60, density=True, histtype="step", linewidth=1.5, label=label)
     axes.set(xlabel=f"{{name}}, first number", ylabel="density")
-panels[0, 0].legend()
-figure.tight_layout()
+figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncols=2)
+figure.tight_layout(rect=(0, 0, 1, 0.93))
 """
 SITES = """
 values = {values}  # of a finite latent; None for real numbers
@@ -117,6 +117,6 @@ for row, axes in enumerate(panels.flat):
     axes.plot(grid.nodes[row, :, 0], grid.density[row], color="black", label="posterior by quadrature")
     axes.hist(q[:, row, 0], bins=40, density=True, histtype="step", linewidth=1.5, label="draws of q")
     axes.set(title=f"row {{row + 1}}", xlabel="latent", ylabel="density")
-panels[0, 0].legend()
-figure.tight_layout()
+figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncols=2)
+figure.tight_layout(rect=(0, 0, 1, 0.93))
 """
