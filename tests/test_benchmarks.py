@@ -270,22 +270,21 @@ def test_command_line_makes_the_record_again(harness: ModuleType) -> None:
     assert (FOLDER.parent / command.split()[1]).exists()
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_generate", FOLDER.parent / "docs" / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What makes the page of the benchmarks."""
+    monkeypatch.syspath_prepend(str(FOLDER.parent / "docs"))
+    return importlib.import_module("sitegen.benchmarks")
 
 
-def test_page_shows_what_was_measured(harness: ModuleType, generate: ModuleType, tmp_path: Path) -> None:
+def test_page_shows_what_was_measured(harness: ModuleType, pages: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "bench_made_up.py").write_text('"""What it is.\n\nHow ``it`` works.\n"""\n', encoding="utf-8")
     (tmp_path / "bench_other.py").write_text('"""Another."""\n', encoding="utf-8")
     job = job_of(harness, constant(harness, 0.002, 0.0), constant(harness, 0.005, 0.0), sizes={"rows": 100_000})
     small = replace(settings(harness, tmp_path / "results"), size="small")
     harness.run_job(job, small)
-    page = generate._benchmarks(tmp_path)
+    page, pictures = pages.page_and_pictures(tmp_path)
+    assert len(pictures) == 1 and all(content.startswith(b"\x89PNG") for content in pictures.values())
     assert "## `made-up`\n\nWhat it is.\n\nHow `it` works." in page
     version = harness._version("numpy")
     row = f"| peer ({version}) | rows 100,000 | 2 ms a run | 2.50 (2.50 to 2.50) | 2 | met |"
@@ -293,4 +292,4 @@ def test_page_shows_what_was_measured(harness: ModuleType, generate: ModuleType,
     assert "1 of " in page and "Not measured yet: `python benchmarks/bench_other.py` does." in page
 
     harness.run_job(job, replace(small, size="full"))
-    assert generate._benchmarks(tmp_path).count(row) == 1  # the full size alone
+    assert pages.page_and_pictures(tmp_path)[0].count(row) == 1  # the full size alone

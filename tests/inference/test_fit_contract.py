@@ -77,7 +77,7 @@ def test_bound_does_not_exceed_the_evidence(name: str, guide: str) -> None:
 @pytest.mark.parametrize("kind", ["exact", "estimate"])
 def test_a_bound_of_a_q_that_ran_away_is_refused(kind: Literal["exact", "estimate"]) -> None:
     """Its standard error has no end, so that no multiple of it can be exceeded; a finite one is another matter."""
-    evidence = Evidence(-2373.2, 0.0, kind)
+    evidence = Evidence(-2373.2, 0.0, kind, None)
     with pytest.raises(NumericalFailure, match="standard error of inf"):
         check_bound(4e151, math.inf, evidence)
     check_bound(-2373.0, 1.0, evidence)
