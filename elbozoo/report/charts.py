@@ -327,9 +327,20 @@ def _axis_of_x(drawn: list[Curve], against: str, y: Span) -> dict[str, Any]:
     title = {"text": AXES[against], "font": {"size": 13}}
     if span is None:
         longest = max(float(curve.x(against)[-1]) for curve in drawn)
-        return {"title": title, "type": "linear", "range": [-0.02 * longest, 1.03 * longest], "dtick": None}
-    ticks = 1 if span.high > FEW_DECADES * span.low else "D2"
-    return {"title": title, "type": "log", "range": [math.log10(span.low), math.log10(span.high)], "dtick": ticks}
+        linear = {"type": "linear", "range": [-0.02 * longest, 1.03 * longest], "tickmode": "auto"}
+        return {"title": title, **linear, "tickvals": None, "ticktext": None}
+    return {"title": title, "type": "log", "range": [math.log10(span.low), math.log10(span.high)], **log_ticks(span)}
+
+
+def log_ticks(span: Span) -> dict[str, Any]:
+    """Return ticks at powers of ten, and between few of them at their doubles and quintuples too, written in full."""
+    factors = (1,) if span.high > FEW_DECADES * span.low else (1, 2, 5)
+    powers = range(math.floor(math.log10(span.low)), math.ceil(math.log10(span.high)) + 1)
+    found = [factor * 10.0**power for power in powers for factor in factors]
+    inside = [value for value in found if span.low <= value <= span.high]
+    shown = inside if len(inside) > 1 else [span.low, span.high]
+    labels = [f"{value:,.0f}" if value >= 10 else f"{value:.3g}" for value in shown]
+    return {"tickmode": "array", "tickvals": shown, "ticktext": labels}
 
 
 def _level(best: float, axis: str) -> dict[str, Any]:

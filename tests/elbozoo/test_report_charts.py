@@ -22,6 +22,7 @@ from elbozoo.inference.comparison import Comparison, run_comparison
 from elbozoo.inference.fit import Fit
 from elbozoo.models.contract.errors import InvalidInput
 from elbozoo.report import charts, images, posteriors, scatter
+from elbozoo.series import Span
 
 IRIS = load_data("iris")
 METHODS = ["closed-form", "amortized", "mean-field", "free-delta"]
@@ -359,3 +360,17 @@ def test_no_chart_holds_what_json_does_not_know(ppca: Comparison) -> None:
     figures = figures_of(report.html(ppca))
     assert all(math.isfinite(value) for value in numbers_in(figures))
     assert not all(math.isfinite(value) for value in numbers_in([math.nan]))  # the negative control
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (340.0, 6400.0, ["500", "1,000", "2,000", "5,000"]),
+        (0.4, 90_000.0, ["1", "10", "100", "1,000", "10,000"]),
+        (11.0, 19.0, ["11", "19"]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_written_in_full(low: float, high: float, labels: list[str]) -> None:
+    ticks = charts.log_ticks(Span(low, high, True))
+    assert ticks["ticktext"] == labels
+    assert all(low <= value <= high for value in ticks["tickvals"])
