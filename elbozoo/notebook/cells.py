@@ -45,14 +45,11 @@ class Code:
         What the picture shows, for those who do not see it; by default its titles and axes.
     caption : str or callable
         Markdown below the picture.
-    is_shown : bool
-        Whether a reader needs the code; where not, pages that fold code away may do so.
     """
 
     source: str
     alt: Words = ""
     caption: Words = ""
-    is_shown: bool = True
 
 
 class Output(NamedTuple):
